@@ -1,0 +1,121 @@
+"""Which backends exist here, and for each that does not, why.
+
+`load` runs once, at `import fastgen`: it loads the compiled libraries that were built, and their kernels
+register themselves with the PyTorch dispatcher. A missing or unloadable library is not an error: the
+dispatcher then falls back to Triton or to the reference, and `status` keeps the exact reason.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import re
+import sys
+
+import torch
+
+OLDEST_TORCH = (2, 11)
+
+_libraries: dict[str, object] = {}  # backend -> loaded module
+_reasons: dict[str, str] = {}  # backend -> why it was not loaded
+
+
+def load() -> None:
+    """Load fastgen._cpu and fastgen._cuda where they exist. Never raises on a missing or broken library."""
+    for backend in ("cpu", "cuda"):
+        if backend in _libraries:
+            continue
+        try:
+            _libraries[backend] = _load_library(backend)
+        except (ImportError, OSError) as error:
+            _reasons[backend] = str(error)
+
+
+def _load_library(backend: str):
+    name = f"fastgen._{backend}"
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(
+            "not built: install with a C++ compiler present"
+            if backend == "cpu"
+            else "not built: install with nvcc present (FASTGEN_CUDA=1 shows what is wrong)"
+        )
+    if _torch_version() < OLDEST_TORCH:
+        raise ImportError(f"needs torch >= 2.11, this is {torch.__version__}")
+    if backend == "cuda" and torch.version.cuda is None:
+        raise ImportError(f"torch {torch.__version__} is built without CUDA")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{error} (this is torch {torch.__version__}, CUDA {torch.version.cuda})") from error
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+
+
+def status() -> dict[str, tuple[bool, str]]:
+    """Per backend: is it usable here, and where it is (usable) or why not."""
+    found = {"cpu": _library_status("cpu"), "cuda": _library_status("cuda"), "triton": _triton_status()}
+    if found["cuda"][0] and (problem := _device_problem()):
+        found["cuda"] = (False, problem)
+    return found | {"reference": (True, "")}
+
+
+def _library_status(backend: str) -> tuple[bool, str]:
+    library = _libraries.get(backend)
+    if library is None:
+        return False, _reasons.get(backend, "not loaded")
+    return True, f"{library.__file__} ({library.build})"
+
+
+def _device_problem() -> str:
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    # Binaries for 8.0 run on 8.6; PTX of the newest runs on anything newer: so only the oldest one matters.
+    archs = re.search(r"sm ([\d.,+PTXa]+)", _libraries["cuda"].build)[1]
+    oldest = min(tuple(int(part) for part in arch.split(".")) for arch in re.findall(r"\d+\.\d+", archs))
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < oldest:
+            return f"cuda:{index} has compute capability {capability}, the library was built for {archs}"
+    return ""
+
+
+def _triton_status() -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    if not torch.cuda.is_available():
+        return False, "no CUDA device is visible"
+    return True, f"triton {importlib.import_module('triton').__version__}"
+
+
+def served(op: str) -> dict[str, tuple[str, str]]:
+    """Per device type: the backend that serves `op` by default, and why not a faster one."""
+    answer = {}
+    for device in ("cpu", "cuda"):
+        usable, reason = status()[device]
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{op}", device.upper()):
+            answer[device] = ("reference", "no kernel for this op" if usable else reason)
+        elif device in _libraries and op in _libraries[device].ops.split():
+            answer[device] = (device, reason if usable else f"but {reason}")
+        else:
+            answer[device] = ("triton", reason)
+    return answer
+
+
+def keep_memory() -> bool:
+    """Make this process keep freed memory for its next tensors; True where that works (glibc).
+
+    By default glibc returns every large block to the kernel at once, and fetching it again, page by page, costs
+    more than most element-wise operations on it. The process then holds its peak until it ends.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018  (other C libraries have no such symbol)
+        trim_threshold, top_pad, mmap_max = -1, -2, -4
+        # Nothing by mmap, the heap never shrinks, and it grows in steps of 64 MiB.
+        settings = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 64 << 20))
+        return all(libc.mallopt(option, value) == 1 for option, value in settings)
+    return False

@@ -1,0 +1,1 @@
+"""Triton kernels, one file an op: tensors in and out, no validation, no autograd."""

@@ -1,0 +1,123 @@
+"""Package map and the two compiled libraries: fastgen._cpu, and fastgen._cuda where nvcc is found.
+
+Metadata is in pyproject.toml. The build needs no GPU and downloads nothing. Environment:
+    FASTGEN_CUDA          auto (default): build the CUDA library if possible, else say why not; 1: fail; 0: skip
+    CUDA_HOME             the toolkit to use; else the one that the nvcc on PATH names, else /usr/local/cuda
+    TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"            MAX_JOBS  parallel compilations
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+STABLE_TORCH = "0x020b000000000000"  # the oldest torch whose stable ABI is used: 2.11
+
+
+def nvcc_of(home):
+    nvcc = Path(home, "bin", "nvcc")
+    return nvcc if nvcc.exists() else None
+
+
+def find_cuda_home():
+    """The toolkit's folder, or None. nvcc on PATH may be a link or a script, so nvcc itself is asked."""
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return home
+    if nvcc := shutil.which("nvcc"):
+        shown = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+        if top := re.search(r"^#\$ TOP=(.+)$", shown, re.MULTILINE):
+            return os.path.realpath(top[1].strip())
+    return "/usr/local/cuda" if nvcc_of("/usr/local/cuda") else None
+
+
+CUDA_HOME = find_cuda_home()
+if CUDA_HOME:
+    os.environ["CUDA_HOME"] = CUDA_HOME  # before the import below, which looks for the toolkit on its own
+
+import torch  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
+    sys.exit(f"fastgen needs torch >= 2.11 to build, found {torch.__version__}")
+
+CUDA = os.environ.get("FASTGEN_CUDA", "auto")
+if CUDA not in ("auto", "0", "1"):
+    sys.exit(f"FASTGEN_CUDA must be auto, 0 or 1, got {CUDA!r}")
+
+
+def say(text):
+    print(f"fastgen: {text}", file=sys.stderr, flush=True)
+
+
+def cuda_version():
+    """The toolkit's (major, minor). Raises RuntimeError where no CUDA library can be built."""
+    if torch.version.cuda is None:
+        raise RuntimeError(f"torch {torch.__version__} is built without CUDA")
+    if not CUDA_HOME or not nvcc_of(CUDA_HOME):
+        raise RuntimeError(f"no nvcc in {CUDA_HOME}" if CUDA_HOME else "no nvcc (set CUDA_HOME)")
+    shown = subprocess.run([nvcc_of(CUDA_HOME), "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", shown)
+    if not release:
+        raise RuntimeError(f"{nvcc_of(CUDA_HOME)} does not run")
+    if release[1] != torch.version.cuda.split(".")[0]:
+        raise RuntimeError(f"nvcc is CUDA {release[1]}.{release[2]}, torch was built for {torch.version.cuda}")
+    return int(release[1]), int(release[2])
+
+
+def extension(kind, name, folder, archs="", nvcc=()):
+    flags = ["-O3", "-fvisibility=hidden"]
+    sources = ["csrc/module.cpp", *(str(path) for path in sorted(Path("csrc", folder).glob("*.c[pu]*")))]
+    return kind(
+        name,
+        sources,
+        include_dirs=[os.path.abspath("csrc")],
+        depends=["csrc/common.h"],
+        define_macros=[("TORCH_TARGET_VERSION", STABLE_TORCH), ("FASTGEN_ARCHS", archs)],
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo", *nvcc]},
+        py_limited_api=True,
+    )
+
+
+extensions = [extension(CppExtension, "fastgen._cpu", "cpu")]
+if CUDA != "0":
+    try:
+        release = cuda_version()
+        newest = "8.0;9.0;10.0;12.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX"
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", newest)
+        macro = re.sub(r"[;,\s]+", ",", archs.strip())
+        extensions.append(extension(CUDAExtension, "fastgen._cuda", "cuda", macro, ["-DUSE_CUDA"]))
+    except RuntimeError as error:
+        if CUDA == "1":
+            sys.exit(f"fastgen: FASTGEN_CUDA=1, but {error}")
+        say(f"building without the CUDA library: {error}")
+
+
+class Build(BuildExtension):
+    def build_extensions(self):
+        try:
+            super().build_extensions()
+        except Exception as error:
+            if CUDA == "1" or len(self.extensions) == 1:
+                raise
+            say(f"the build failed ({error}); trying again without the CUDA library")
+            self.extensions = self.extensions[:1]
+            super().build_extensions()
+
+    def build_extension(self, ext):
+        # One folder of objects a library: both compile module.cpp.
+        temp, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
+        super().build_extension(ext)
+        self.build_temp = temp
+
+
+setup(
+    packages=[*find_packages(include=["fastgen", "fastgen.*"]), "fastgen.kernels", "fastgen.train"],
+    package_dir={"fastgen": "fastgen", "fastgen.kernels": "kernels", "fastgen.train": "train"},
+    ext_modules=extensions,
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
