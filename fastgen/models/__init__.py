@@ -1,0 +1,1 @@
+"""Networks: the tri-plane teacher, the convolutional student, the dual discriminator, and their layers."""

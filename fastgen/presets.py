@@ -1,0 +1,117 @@
+"""Named teachers: the networks, cameras and training hints of EG3D's data sets, and of the toy.
+
+Source: Chan et al. 2022, supplement (training gammas, cameras); Chan et al. 2021, pi-GAN (spread of poses).
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from .camera import CameraDistribution, focal_from_fov
+
+
+@dataclass(frozen=True)
+class Preset:
+    """teacher: keywords of models.teacher.Teacher; camera: where to render from; r1_gamma: of the discriminator."""
+
+    teacher: dict
+    camera: CameraDistribution
+    r1_gamma: float = 1.0
+    gpc_reg_prob: float = 0.5
+    about: str = field(default="", compare=False)
+
+
+_FACES = {"depth_resolution": 48, "depth_resolution_importance": 48, "ray_start": 2.25, "ray_end": 3.3, "box_warp": 1}
+
+PRESETS = {
+    "ffhq512": Preset(
+        teacher=dict(
+            img_resolution=512,
+            superresolution="SuperresolutionHybrid8XDC",
+            rendering_kwargs=_FACES,
+            neural_rendering_resolution=128,
+        ),
+        camera=CameraDistribution(focal=4.2647, pivot=(0, 0, 0.2), radius=2.7, azimuth_spread=0.3, polar_spread=0.155),
+        r1_gamma=1.0,
+        about="EG3D, human faces, 512x512",
+    ),
+    "afhqcats512": Preset(
+        teacher=dict(
+            img_resolution=512,
+            superresolution="SuperresolutionHybrid8XDC",
+            rendering_kwargs=_FACES,
+            neural_rendering_resolution=128,
+        ),
+        camera=CameraDistribution(focal=4.2647, pivot=(0, 0, -0.06), radius=2.7, azimuth_spread=0.3, polar_spread=0.155),
+        r1_gamma=5.0,
+        about="EG3D, cat faces, 512x512",
+    ),
+    "shapenetcars128": Preset(
+        teacher=dict(
+            img_resolution=128,
+            superresolution="SuperresolutionHybrid2X",
+            rendering_kwargs={
+                "depth_resolution": 64,
+                "depth_resolution_importance": 64,
+                "ray_start": 0.1,
+                "ray_end": 2.6,
+                "box_warp": 1.6,
+                "white_back": True,
+                "c_gen_conditioning_zero": True,
+            },
+            neural_rendering_resolution=64,
+        ),
+        # The cameras stand on the upper half of the sphere.
+        camera=CameraDistribution(
+            focal=focal_from_fov(45),
+            pivot=(0, 0, 0),
+            radius=1.7,
+            azimuth_spread=math.pi,
+            polar_mean=math.pi / 4,
+            polar_spread=math.pi / 4,
+            kind="uniform",
+        ),
+        r1_gamma=0.3,
+        about="EG3D, cars, 128x128",
+    ),
+    "toy": Preset(
+        teacher=dict(
+            z_dim=16,
+            w_dim=128,
+            img_resolution=128,
+            plane_resolution=64,
+            plane_channels=16,
+            channel_base=4096,
+            channel_max=128,
+            decoder_hidden=32,
+            superresolution="SuperresolutionHybrid2X",
+            superresolution_kwargs={"channels": (32, 16), "num_fp16_res": 0},
+            rendering_kwargs={
+                "depth_resolution": 24,
+                "depth_resolution_importance": 16,
+                "ray_start": 2.2,
+                "ray_end": 3.2,
+                "box_warp": 1,
+                "white_back": True,
+                "c_gen_conditioning_zero": True,
+            },
+            neural_rendering_resolution=64,
+        ),
+        camera=CameraDistribution(
+            focal=focal_from_fov(18.837),
+            pivot=(0, 0, 0),
+            radius=2.7,
+            azimuth_spread=0.8,
+            polar_spread=0.35,
+            kind="uniform",
+        ),
+        r1_gamma=1.0,
+        about="the embedded procedural teacher, 128x128",
+    ),
+}
+
+
+def get(name: str) -> Preset:
+    """The preset of that name; ValueError with the known names otherwise."""
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
