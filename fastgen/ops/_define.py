@@ -1,0 +1,215 @@
+"""How an op is made, and what its arguments must be.
+
+An op is a schema, a reference (plain differentiable PyTorch), and, unless the reference already says it all,
+a fake (shapes only) and a backward made of differentiable ops. `define` registers them once, whatever was built:
+
+    _op = define(
+        "twice(Tensor x) -> Tensor",
+        reference=twice_reference,                     # same arguments as the schema, positional
+        fake=lambda x: torch.empty_like(x),
+        backward=lambda ctx, dy: _op(dy),              # may call ops and aten: then it can be differentiated again
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+
+    def twice(x):                                      # the public function: check, make canonical, call
+        require_tensor("twice", "x", x, "N C H W")
+        return _op(x)
+
+C++ and Triton kernels register for the CPU and CUDA keys of the same name, and the PyTorch dispatcher prefers
+them to the reference. An op without fake and backward is composed of other ops (CompositeImplicitAutograd).
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _backends
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_library = torch.library.Library("fastgen", "DEF")
+_triton_ops: set[str] = set()
+
+
+def define(
+    schema: str,
+    reference: Callable,
+    fake: Callable | None = None,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    vmap: Callable | None = None,
+    kernel: Callable | None = None,
+) -> Callable:
+    """Register an op of namespace fastgen; returns the function that calls it on the chosen backend.
+
+    fake:      shapes, strides and dtypes of the outputs; None for an op composed of differentiable ops.
+    backward, setup_context, vmap: as in `torch.library.register_autograd` and `register_vmap`.
+    kernel:    what runs where no compiled kernel does, if something is faster than the reference when nothing
+               has to be recorded for autograd.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(torch.ops.fastgen, name).default
+    if fake is None:
+        plain = reference
+        _library.impl(name, reference, "CompositeImplicitAutograd")
+    else:
+        plain = _without_autocast(reference)
+        _library.impl(name, _fresh(_without_autocast(kernel or reference)), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"fastgen::{name}", backward, setup_context=setup_context, lib=_library
+        )
+    if vmap is not None:
+        torch.library.register_vmap(f"fastgen::{name}", vmap, lib=_library)
+
+    def call(*args):
+        return plain(*args) if _choice == "reference" else overload(*args)
+
+    call.__name__ = call.__qualname__ = name
+    return call
+
+
+def _without_autocast(function: Callable) -> Callable:
+    # An op computes in the dtypes it is given; autocast would turn the convolutions inside to 16 bits.
+    @functools.wraps(function)
+    def run(*args):
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
+
+
+def _fresh(function: Callable) -> Callable:
+    # The dispatcher wants outputs that are not views of inputs; an identity in the reference returns one.
+    @functools.wraps(function)
+    def run(*args):
+        taken = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
+
+        def own(out):
+            return out.clone() if isinstance(out, Tensor) and out.untyped_storage()._cdata in taken else out
+
+        out = function(*args)
+        return tuple(map(own, out)) if isinstance(out, tuple) else own(out)
+
+    return run
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of outputs shaped like x: channels_last if x has just that, else contiguous."""
+    channels_last = (
+        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype that sums are made in: float32 for 16 bits, else its own."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+# The backend.
+
+
+def _check_choice(name: str) -> str:
+    names = ("auto", *_backends.status())
+    if name not in names:
+        raise ValueError(f"backend must be one of {', '.join(names)}, got {name!r}")
+    if name not in ("auto", "reference"):
+        usable, reason = _backends.status()[name]
+        if usable and name == "triton" and not _triton_ops:
+            usable, reason = False, "no op has a Triton kernel"
+        if not usable:
+            raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    return name
+
+
+class backend:
+    """`with fastgen.backend("reference"): ...` chooses what ops run on, for the whole process.
+
+    auto (the default: FASTGEN_BACKEND, or else the best for each op and device), cuda, cpu, triton, reference.
+    An op that has no kernel in the chosen backend runs as in auto. Work recorded for autograd inside `reference`
+    stays plain PyTorch when it is differentiated outside.
+    Raises: RuntimeError where the backend is missing, with the reason; ValueError on another name.
+    """
+
+    def __init__(self, name: str):
+        self.name = name if name == "reference" else _check_choice(name)
+
+    def __enter__(self):
+        global _choice
+        self.before, _choice = _choice, self.name
+
+    def __exit__(self, *_):
+        global _choice
+        _choice = self.before
+
+
+_choice = _check_choice(os.environ.get("FASTGEN_BACKEND") or "auto")
+
+
+# What arguments must be. Each raises a line that names op, argument, expectation and what came.
+
+
+def require(ok: bool, op: str, text: str) -> None:
+    """ValueError `op: text` unless ok. Write the text as `name must be ..., got ...`."""
+    if not ok:
+        raise ValueError(f"{op}: {text}")
+
+
+def require_tensor(op: str, name: str, x, axes: str | Sequence[str] | None = None, dtypes=FLOATS) -> None:
+    """x is a tensor of one of the dtypes, and has the axes, such as "N C H W" (or one of several such)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {name} must be {wanted}, got {str(x.dtype).removeprefix('torch.')}")
+    if axes is not None:
+        options = [option.split() for option in ([axes] if isinstance(axes, str) else axes)]
+        if x.ndim not in [len(option) for option in options]:
+            wanted = " or ".join(
+                f"{len(option)} dimension{'s' * (len(option) != 1)} [{', '.join(option)}]"
+                for option in options
+            )
+            raise ValueError(f"{op}: {name} must have {wanted}, got {x.ndim} ({list(x.shape)})")
+
+
+def require_shape(op: str, name: str, x: Tensor, shape: Sequence[int | None], axes: str) -> None:
+    """x has this shape; None stands for any size. axes names them in the message: "N 3 C H W"."""
+    require_tensor(op, name, x, axes)
+    if any(want is not None and want != got for want, got in zip(shape, x.shape, strict=True)):
+        wanted = ", ".join(
+            f"{a}" if n is None or a == f"{n}" else f"{a}={n}" for a, n in zip(axes.split(), shape)
+        )
+        raise ValueError(f"{op}: {name} must have shape [{wanted}], got {list(x.shape)}")
+
+
+def require_same_device(op: str, **tensors: Tensor | None) -> None:
+    """All tensors are where the first one is."""
+    (first, x), *others = tensors.items()
+    for name, tensor in others:
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} like {first}, got {tensor.device}")
+
+
+def require_ints(op: str, name: str, value, counts: Sequence[int], at_least: int | None = None) -> list[int]:
+    """An int, or as many ints as one of the counts; returns them as the longest list: [x, y] or [x0, x1, y0, y1]."""
+    values = [value] if isinstance(value, int) else value
+    counts = (1, *counts)
+    ints = isinstance(values, (list, tuple)) and all(isinstance(v, int) for v in values)
+    if not ints or len(values) not in counts:
+        wanted = ", ".join(
+            f"[{', '.join(['x', 'y'] if n == 2 else ['x0', 'x1', 'y0', 'y1'])}]" for n in counts[1:]
+        )
+        raise ValueError(f"{op}: {name} must be an int or {wanted}, got {value!r}")
+    if at_least is not None and min(values) < at_least:
+        raise ValueError(f"{op}: {name} must be at least {at_least}, got {value!r}")
+    n = max(counts)
+    return [v for v in values for _ in range(n // len(values))]
