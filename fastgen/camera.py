@@ -1,10 +1,11 @@
 """Cameras: the 25-number label of EG3D, poses, rays, and distributions of poses.
 
-A label c [N, 25] is the camera-to-world matrix (16 numbers, row-major, OpenCV axes: x right, y down, z forward; world
-units), then the intrinsics (9, row-major) in units of the image size: focal length, centre 0.5, skew.
-Angles are in radians. Azimuth h and polar angle v are pi/2 in front of the object, where the camera stands on +z and
-y is up; h grows to the camera's right. v is uniform on the sphere: the true angle from +y is arccos(1 - 2 v / pi), so that a
-pitch of 1 radian in v is 0.64 radians in space near the horizon.
+A label c [N, 25] is the camera-to-world matrix (16 numbers, row-major, OpenCV axes: x right, y down, z
+forward; world units), then the intrinsics (9, row-major) in units of the image size: focal length, centre
+0.5, skew.
+Angles are in radians. Azimuth h and polar angle v are pi/2 in front of the object, where the camera stands on
++z and y is up; h grows to the camera's right. The true angle from +y is arccos(1 - 2 v / pi), so that a
+uniform v is uniform on the sphere, and 1 radian in v is 0.64 radians in space near the horizon.
 Source: Chan et al. 2022, "Efficient Geometry-aware 3D Generative Adversarial Networks", supplement.
 """
 
@@ -36,7 +37,9 @@ def look_at(
     # At the poles the camera's right-hand side is undefined.
     phi = torch.arccos(1 - 2 * v.clamp(1e-5, math.pi - 1e-5) / math.pi)
     theta = math.pi - h
-    origin = torch.stack([phi.sin() * theta.cos(), phi.cos(), phi.sin() * theta.sin()], dim=-1) * radius[:, None]
+    origin = (
+        torch.stack([phi.sin() * theta.cos(), phi.cos(), phi.sin() * theta.sin()], dim=-1) * radius[:, None]
+    )
     forward = torch.nn.functional.normalize(pivot - origin, dim=-1)
     up = forward.new_tensor([0.0, 1.0, 0.0]).expand_as(forward)
     right = -torch.nn.functional.normalize(torch.linalg.cross(up, forward), dim=-1)
@@ -52,7 +55,7 @@ def focal_from_fov(fov_degrees: float) -> float:
 
 
 def intrinsics(fov_degrees: float | None = None, focal: float | None = None, n: int = 1) -> Tensor:
-    """Normalised pinhole matrices [n, 3, 3] from a field of view or a focal length in image sizes (one of them)."""
+    """Normalised pinhole matrices [n, 3, 3] from either a field of view or a focal length in image sizes."""
     if (fov_degrees is None) == (focal is None):
         raise ValueError("intrinsics: give either fov_degrees or focal")
     focal = focal_from_fov(fov_degrees) if focal is None else focal
@@ -99,7 +102,8 @@ def rays(c: Tensor, resolution: int) -> tuple[Tensor, Tensor]:  # [N, 25]
 class CameraDistribution:
     """Where a data set's cameras stand.
 
-    azimuth_spread, polar_spread: half the width of the interval ('uniform') or the standard deviation ('gaussian').
+    Angles are in radians; a spread is half the interval ('uniform') or the standard deviation ('gaussian').
+    focal is in image sizes, pivot and radius in world units.
     """
 
     focal: float = 4.2647

@@ -11,7 +11,7 @@ from .camera import CameraDistribution, focal_from_fov
 
 @dataclass(frozen=True)
 class Preset:
-    """teacher: keywords of models.teacher.Teacher; camera: where to render from; r1_gamma: of the discriminator."""
+    """teacher: keywords of Teacher; camera: where to render from; r1_gamma, gpc_reg_prob: for training."""
 
     teacher: dict
     camera: CameraDistribution
@@ -20,36 +20,46 @@ class Preset:
     about: str = field(default="", compare=False)
 
 
-_FACES = {"depth_resolution": 48, "depth_resolution_importance": 48, "ray_start": 2.25, "ray_end": 3.3, "box_warp": 1}
+_FACES = {
+    "depth_resolution": 48,
+    "depth_resolution_importance": 48,
+    "ray_start": 2.25,
+    "ray_end": 3.3,
+    "box_warp": 1,
+}
 
 PRESETS = {
     "ffhq512": Preset(
-        teacher=dict(
-            img_resolution=512,
-            superresolution="SuperresolutionHybrid8XDC",
-            rendering_kwargs=_FACES,
-            neural_rendering_resolution=128,
+        teacher={
+            "img_resolution": 512,
+            "superresolution": "SuperresolutionHybrid8XDC",
+            "rendering_kwargs": _FACES,
+            "neural_rendering_resolution": 128,
+        },
+        camera=CameraDistribution(
+            focal=4.2647, pivot=(0, 0, 0.2), radius=2.7, azimuth_spread=0.3, polar_spread=0.155
         ),
-        camera=CameraDistribution(focal=4.2647, pivot=(0, 0, 0.2), radius=2.7, azimuth_spread=0.3, polar_spread=0.155),
         r1_gamma=1.0,
         about="EG3D, human faces, 512x512",
     ),
     "afhqcats512": Preset(
-        teacher=dict(
-            img_resolution=512,
-            superresolution="SuperresolutionHybrid8XDC",
-            rendering_kwargs=_FACES,
-            neural_rendering_resolution=128,
+        teacher={
+            "img_resolution": 512,
+            "superresolution": "SuperresolutionHybrid8XDC",
+            "rendering_kwargs": _FACES,
+            "neural_rendering_resolution": 128,
+        },
+        camera=CameraDistribution(
+            focal=4.2647, pivot=(0, 0, -0.06), radius=2.7, azimuth_spread=0.3, polar_spread=0.155
         ),
-        camera=CameraDistribution(focal=4.2647, pivot=(0, 0, -0.06), radius=2.7, azimuth_spread=0.3, polar_spread=0.155),
         r1_gamma=5.0,
         about="EG3D, cat faces, 512x512",
     ),
     "shapenetcars128": Preset(
-        teacher=dict(
-            img_resolution=128,
-            superresolution="SuperresolutionHybrid2X",
-            rendering_kwargs={
+        teacher={
+            "img_resolution": 128,
+            "superresolution": "SuperresolutionHybrid2X",
+            "rendering_kwargs": {
                 "depth_resolution": 64,
                 "depth_resolution_importance": 64,
                 "ray_start": 0.1,
@@ -58,8 +68,8 @@ PRESETS = {
                 "white_back": True,
                 "c_gen_conditioning_zero": True,
             },
-            neural_rendering_resolution=64,
-        ),
+            "neural_rendering_resolution": 64,
+        },
         # The cameras stand on the upper half of the sphere.
         camera=CameraDistribution(
             focal=focal_from_fov(45),
@@ -74,18 +84,18 @@ PRESETS = {
         about="EG3D, cars, 128x128",
     ),
     "toy": Preset(
-        teacher=dict(
-            z_dim=16,
-            w_dim=128,
-            img_resolution=128,
-            plane_resolution=64,
-            plane_channels=16,
-            channel_base=4096,
-            channel_max=128,
-            decoder_hidden=32,
-            superresolution="SuperresolutionHybrid2X",
-            superresolution_kwargs={"channels": (32, 16), "num_fp16_res": 0},
-            rendering_kwargs={
+        teacher={
+            "z_dim": 16,
+            "w_dim": 128,
+            "img_resolution": 128,
+            "plane_resolution": 64,
+            "plane_channels": 16,
+            "channel_base": 4096,
+            "channel_max": 128,
+            "decoder_hidden": 32,
+            "superresolution": "SuperresolutionHybrid2X",
+            "superresolution_kwargs": {"channels": (32, 16), "num_fp16_res": 0},
+            "rendering_kwargs": {
                 "depth_resolution": 24,
                 "depth_resolution_importance": 16,
                 "ray_start": 2.2,
@@ -94,8 +104,8 @@ PRESETS = {
                 "white_back": True,
                 "c_gen_conditioning_zero": True,
             },
-            neural_rendering_resolution=64,
-        ),
+            "neural_rendering_resolution": 64,
+        },
         camera=CameraDistribution(
             focal=focal_from_fov(18.837),
             pivot=(0, 0, 0),

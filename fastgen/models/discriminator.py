@@ -1,4 +1,4 @@
-"""EG3D's dual discriminator: StyleGAN2's residual discriminator of (image, resized raw image), conditioned on pose.
+"""EG3D's dual discriminator: StyleGAN2's residual one, of (image, resized raw image), conditioned on pose.
 
 Source: Chan et al. 2022, sec. 4.3; Karras et al. 2020; conditioning by projection, Miyato and Koyama 2018.
 """
@@ -13,7 +13,7 @@ from .layers import FILTER, FullyConnectedLayer, MappingNetwork, channels_at, re
 
 
 class Conv2dLayer(nn.Module):
-    """Equalised convolution [O, I, k, k], optionally downsampled by the [1, 3, 3, 1] filter, bias, activation, clamp.
+    """Equalised convolution, bias, activation, clamp; `down` 2 halves the size with the [1, 3, 3, 1] filter.
 
     forward's gain multiplies the result (and the clamp).
     """
@@ -62,7 +62,7 @@ class DiscriminatorBlock(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.use_fp16 = in_channels, use_fp16
-        lrelu = dict(activation="lrelu", conv_clamp=conv_clamp)
+        lrelu = {"activation": "lrelu", "conv_clamp": conv_clamp}
         if in_channels == 0:
             self.fromrgb = Conv2dLayer(img_channels, tmp_channels, 1, **lrelu)
         self.conv0 = Conv2dLayer(tmp_channels, tmp_channels, 3, **lrelu)
@@ -82,7 +82,7 @@ class DiscriminatorBlock(nn.Module):
 class MinibatchStdLayer(nn.Module):
     """Append one channel: the standard deviation over a group of samples, averaged over features and pixels.
 
-    A group is the largest divisor of the batch size up to `group_size`; sample i is in group i mod (N / group).
+    Groups are as large as divides the batch, up to `group_size`; sample i is in group i mod (N / size).
     """
 
     def __init__(self, group_size: int = 4):
@@ -101,7 +101,9 @@ class MinibatchStdLayer(nn.Module):
 class DiscriminatorEpilogue(nn.Module):
     """4x4 features -> `cmap_dim` numbers a sample, projected on the embedded pose."""
 
-    def __init__(self, channels: int, cmap_dim: int, mbstd_group_size: int = 4, conv_clamp: float | None = None):
+    def __init__(
+        self, channels: int, cmap_dim: int, mbstd_group_size: int = 4, conv_clamp: float | None = None
+    ):
         super().__init__()
         self.cmap_dim = cmap_dim
         self.mbstd = MinibatchStdLayer(mbstd_group_size)
@@ -138,7 +140,9 @@ class DualDiscriminator(nn.Module):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if img_resolution < 8 or img_resolution & (img_resolution - 1):
-            raise ValueError(f"DualDiscriminator: img_resolution must be a power of two from 8, got {img_resolution}")
+            raise ValueError(
+                f"DualDiscriminator: img_resolution must be a power of two from 8, got {img_resolution}"
+            )
         self.c_dim, self.img_resolution, self.img_channels = c_dim, img_resolution, img_channels
         self.block_resolutions = [2**i for i in range(img_resolution.bit_length() - 1, 2, -1)]
         first_fp16 = max(2 ** (img_resolution.bit_length() - num_fp16_res), 8)
@@ -168,9 +172,15 @@ class DualDiscriminator(nn.Module):
         """Returns: logits [N, 1]."""
         size = self.img_resolution
         image, raw = images["image"], images["image_raw"]
-        require_shape("DualDiscriminator", "image", image, (None, self.img_channels, size, size), "[N, C, H, W]")
         require_shape(
-            "DualDiscriminator", "image_raw", raw, (image.shape[0], self.img_channels, None, None), "[N, C, h, w]"
+            "DualDiscriminator", "image", image, (None, self.img_channels, size, size), "[N, C, H, W]"
+        )
+        require_shape(
+            "DualDiscriminator",
+            "image_raw",
+            raw,
+            (image.shape[0], self.img_channels, None, None),
+            "[N, C, h, w]",
         )
         if self.c_dim > 0:
             require_shape("DualDiscriminator", "c", c, (image.shape[0], self.c_dim), "[N, c_dim]")

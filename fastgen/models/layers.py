@@ -1,7 +1,8 @@
-"""StyleGAN2's building blocks, on fastgen's ops: shared by teacher, student, super-resolution and discriminator.
+"""StyleGAN2's building blocks on fastgen's ops, for teacher, student, super-resolution and discriminator.
 
-Every weight is stored at unit scale and multiplied by its He constant at run time ("equalised learning rate"), so
-that one learning rate fits all layers. N batch, C channels, H rows, W columns, I in and O out features.
+Every weight is stored at unit scale and multiplied by its He constant at run time ("equalised learning
+rate"), so that one learning rate fits all layers. N batch, C channels, H rows, W columns, I in and O out
+features.
 Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN".
 """
 
@@ -17,7 +18,7 @@ NOISE_MODES = ("const", "random", "none")
 
 
 def channels_at(resolution: int, channel_base: int, channel_max: int) -> int:
-    """Feature maps of a network at a resolution: halved with every doubling, at most `channel_max`, at least 1."""
+    """Feature maps at a resolution: halved with every doubling, at most `channel_max`, at least 1."""
     return max(1, min(channel_base // resolution, channel_max))
 
 
@@ -30,7 +31,9 @@ def require_shape(owner: str, name: str, x: Tensor, expected: tuple[int | None, 
     """Raise, naming `owner` and `name`, unless x is a tensor of the expected shape (None: any size)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{owner}: {name} must be a tensor {axes}, got {type(x).__name__}")
-    if x.ndim != len(expected) or any(e is not None and e != s for e, s in zip(expected, x.shape, strict=True)):
+    if x.ndim != len(expected) or any(
+        e is not None and e != s for e, s in zip(expected, x.shape, strict=True)
+    ):
         sizes = ", ".join("*" if e is None else str(e) for e in expected)
         raise ValueError(f"{owner}: {name} must have shape {axes} = [{sizes}], got {list(x.shape)}")
 
@@ -38,7 +41,7 @@ def require_shape(owner: str, name: str, x: Tensor, expected: tuple[int | None, 
 class FullyConnectedLayer(nn.Module):
     """Equalised linear layer, `act(x @ (weight * lr_multiplier / sqrt(I)).T + bias * lr_multiplier)`.
 
-    activation: any name of `ops.bias_act`. The weight starts as N(0, 1) / lr_multiplier, the bias as `bias_init`.
+    activation: any name of `ops.bias_act`. The weight starts as N(0, 1) / lr_multiplier.
     """
 
     def __init__(
@@ -71,9 +74,9 @@ class FullyConnectedLayer(nn.Module):
 class MappingNetwork(nn.Module):
     """z, c -> w, repeated `num_ws` times (or [N, w_dim] when num_ws is None).
 
-    z and the embedded c are each normalised to unit mean square, concatenated, and go through `num_layers` lrelu
-    layers with learning-rate multiplier 0.01. z_dim or c_dim may be 0: that input is then left out (and None).
-    `w_avg` follows the mean of w when called with update_emas=True; w_avg_beta None means that it is not kept.
+    z and the embedded c are each normalised to unit mean square, concatenated, and go through `num_layers`
+    lrelu layers. z_dim or c_dim may be 0: that input is then left out (and None). `w_avg` follows the mean of
+    w when called with update_emas=True; w_avg_beta None means that it is not kept.
     """
 
     def __init__(
@@ -87,7 +90,13 @@ class MappingNetwork(nn.Module):
         w_avg_beta: float | None = 0.998,
     ):
         super().__init__()
-        self.z_dim, self.c_dim, self.w_dim, self.num_ws, self.num_layers = z_dim, c_dim, w_dim, num_ws, num_layers
+        self.z_dim, self.c_dim, self.w_dim, self.num_ws, self.num_layers = (
+            z_dim,
+            c_dim,
+            w_dim,
+            num_ws,
+            num_layers,
+        )
         self.w_avg_beta = w_avg_beta
         if w_avg_beta is not None:
             self.register_buffer("w_avg", torch.zeros([w_dim]))
@@ -108,9 +117,8 @@ class MappingNetwork(nn.Module):
         update_emas: bool = False,
     ) -> Tensor:
         """Map to the style space.
-
-        w is pulled towards the mean: lerp(w_avg, w, truncation_psi), in the first `truncation_cutoff` of the ws
-        (None: in all).
+ w is pulled towards the mean, lerp(w_avg, w, truncation_psi), in the first `truncation_cutoff` ws (None:
+        in all).
         Returns: ws [N, num_ws, w_dim].
         """
         parts = []
@@ -135,13 +143,15 @@ class MappingNetwork(nn.Module):
             return ws.contiguous()
         if truncation_cutoff is None:
             return self.w_avg.lerp(ws, truncation_psi)
-        return torch.cat([self.w_avg.lerp(ws[:, :truncation_cutoff], truncation_psi), ws[:, truncation_cutoff:]], dim=1)
+        return torch.cat(
+            [self.w_avg.lerp(ws[:, :truncation_cutoff], truncation_psi), ws[:, truncation_cutoff:]], dim=1
+        )
 
 
 class SynthesisLayer(nn.Module):
     """Modulated 3x3 convolution, noise, bias, lrelu (gain sqrt 2), clamp.
 
-    `resolution` is the output's, of the stored noise image too; `up` 2 doubles the size with the [1, 3, 3, 1] filter.
+    `resolution` is the output's and the stored noise's; `up` 2 doubles the size with the [1, 3, 3, 1] filter.
     noise_strength starts at 0.
     """
 
@@ -238,7 +248,9 @@ class SynthesisBlock(nn.Module):
             self.const = nn.Parameter(torch.randn([out_channels, resolution, resolution]))
         else:
             factor = 2 if up else 1
-            self.conv0 = SynthesisLayer(in_channels, out_channels, w_dim, resolution, up=factor, conv_clamp=conv_clamp)
+            self.conv0 = SynthesisLayer(
+                in_channels, out_channels, w_dim, resolution, up=factor, conv_clamp=conv_clamp
+            )
         self.conv1 = SynthesisLayer(out_channels, out_channels, w_dim, resolution, conv_clamp=conv_clamp)
         self.torgb = ToRGBLayer(out_channels, img_channels, w_dim, conv_clamp=conv_clamp)
 
@@ -249,7 +261,7 @@ class SynthesisBlock(nn.Module):
         ws: Tensor,  # [N, num_conv + num_torgb, w_dim]
         noise_mode: str = "random",
     ) -> tuple[Tensor, Tensor]:
-        """Returns: x [N, C, resolution, resolution] and img [N, img_channels, resolution, resolution], float32."""
+        """Returns: x [N, C, H, W] and img [N, img_channels, H, W] in float32, H = W = resolution."""
         dtype = torch.float16 if self.use_fp16 and ws.device.type == "cuda" else ws.dtype
         w = ws.unbind(dim=1)
         if self.in_channels == 0:
@@ -268,8 +280,8 @@ class SynthesisBlock(nn.Module):
 class SynthesisNetwork(nn.Module):
     """StyleGAN2 'skip' synthesis from a learned 4x4 constant to `img_resolution`, a power of two.
 
-    Channels at a resolution: min(channel_base // resolution, channel_max). The `num_fp16_res` highest resolutions
-    compute in float16 on a GPU; give conv_clamp (256) with it.
+    Channels at a resolution: min(channel_base // resolution, channel_max). The `num_fp16_res` highest
+    resolutions compute in float16 on a GPU; give conv_clamp (256) with it.
     """
 
     def __init__(

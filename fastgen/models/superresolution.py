@@ -5,7 +5,6 @@ Source: Chan et al. 2022, "Efficient Geometry-aware 3D Generative Adversarial Ne
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -34,8 +33,8 @@ SHAPES = {
 class SuperResolution(nn.Module):
     """Feature image and its first three channels as RGB -> final image.
 
-    name: one of SHAPES, which fixes the resolutions; `channels` overrides the widths of its two blocks (a narrow
-    one for the toy, say). num_fp16_res > 0: float16 on a GPU, and activations clamped to 256 everywhere.
+    name: one of SHAPES, which fixes the resolutions; `channels` overrides the widths of the two blocks.
+    num_fp16_res > 0: float16 on a GPU, and activations clamped to 256 everywhere.
     antialias: of the bilinear resize to the input resolution.
     """
 
@@ -57,7 +56,7 @@ class SuperResolution(nn.Module):
         self.only_enlarge = shape.only_enlarge
         first, second = channels or shape.channels
         fp16 = num_fp16_res > 0
-        common = dict(img_channels=3, conv_clamp=256 if fp16 else None, use_fp16=fp16)
+        common = {"img_channels": 3, "conv_clamp": 256 if fp16 else None, "use_fp16": fp16}
         first_up = shape.output == 4 * shape.input
         self.block0 = SynthesisBlock(in_channels, first, w_dim, shape.output // 2, up=first_up, **common)
         self.block1 = SynthesisBlock(first, second, w_dim, shape.output, **common)

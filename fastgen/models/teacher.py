@@ -138,8 +138,8 @@ class Teacher(nn.Module):
         )
         if self.superresolution.img_resolution != img_resolution:
             raise ValueError(
-                f"Teacher: img_resolution must be {self.superresolution.img_resolution} with {superresolution}, "
-                f"got {img_resolution}"
+                f"Teacher: img_resolution must be {self.superresolution.img_resolution} "
+                f"with {superresolution}, got {img_resolution}"
             )
         lr_multiplier = self.rendering_kwargs["decoder_lr_mul"]
         self.decoder = TriplaneDecoder(plane_channels, decoder_hidden, feature_channels, lr_multiplier)
@@ -194,7 +194,7 @@ class Teacher(nn.Module):
         return {"feature_image": features, "image_raw": features[:, :3], "image_depth": depth}
 
     def super_resolve(self, feature_image: Tensor, ws: Tensor, noise_mode: str | None = None) -> Tensor:
-        """Feature image [N, feature_channels, h, w] -> image [N, 3, img_resolution, img_resolution], about [-1, 1].
+        """Feature image [N, feature_channels, h, w] -> image [N, 3, H, W], about [-1, 1].
 
         noise_mode None means rendering_kwargs' superresolution_noise_mode.
         """
