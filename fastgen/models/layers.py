@@ -311,13 +311,20 @@ class SynthesisNetwork(nn.Module):
         # Each toRGB shares its w with the next block's first convolution; the last one has its own.
         self.num_ws = 2 * len(self.block_resolutions)
 
-    def forward(self, ws: Tensor, noise_mode: str = "random") -> Tensor:  # [N, num_ws, w_dim]
-        """Returns: [N, img_channels, img_resolution, img_resolution]."""
+    def forward(
+        self,
+        ws: Tensor,  # [N, num_ws, w_dim]
+        noise_mode: str = "random",
+        resolution: int | None = None,
+    ) -> Tensor:
+        """Returns: [N, img_channels, img_resolution, img_resolution], or the smaller sum at `resolution`."""
         require_shape("synthesis", "ws", ws, (None, self.num_ws, self.w_dim), "[N, num_ws, w_dim]")
         ws = ws.float()
         x = img = None
         first = 0
         for res in self.block_resolutions:
+            if resolution is not None and res > resolution:
+                break
             block = getattr(self, f"b{res}")
             x, img = block(x, img, ws[:, first : first + block.num_conv + 1], noise_mode)
             first += block.num_conv
