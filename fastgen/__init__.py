@@ -7,7 +7,14 @@ from . import _backends
 
 __version__ = "0.1.0"
 __all__ = [
-    "__version__", "backend", "camera", "keep_memory", "load_discriminator", "load_student", "load_teacher", "ops"
+    "__version__",
+    "backend",
+    "camera",
+    "keep_memory",
+    "load_discriminator",
+    "load_student",
+    "load_teacher",
+    "ops",
 ]
 
 # In a bare checkout fastgen.kernels and fastgen.train are the folders beside this one.
@@ -18,8 +25,12 @@ _backends.load()
 keep_memory = _backends.keep_memory
 
 _FROM = {
-    "ops": ".ops", "camera": ".camera", "backend": ".ops._define", "load_teacher": ".checkpoint",
-    "load_student": ".checkpoint", "load_discriminator": ".checkpoint",
+    "ops": ".ops",
+    "camera": ".camera",
+    "backend": ".ops._define",
+    "load_teacher": ".checkpoint",
+    "load_student": ".checkpoint",
+    "load_discriminator": ".checkpoint",
 }
 
 

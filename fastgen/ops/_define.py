@@ -1,17 +1,18 @@
 """How an op is made, and what its arguments must be.
 
-An op is a schema, a reference (plain differentiable PyTorch), and, unless the reference already says it all,
-a fake (shapes only) and a backward made of differentiable ops. `define` registers them once, whatever was built:
+An op is a schema, a reference (plain differentiable PyTorch), and, unless the reference already says it
+all, a fake (shapes only) and a backward made of differentiable ops. `define` registers each exactly once,
+whatever was built:
 
     _op = define(
         "twice(Tensor x) -> Tensor",
-        reference=twice_reference,                     # same arguments as the schema, positional
+        reference=twice_reference,          # takes what the schema says
         fake=lambda x: torch.empty_like(x),
-        backward=lambda ctx, dy: _op(dy),              # may call ops and aten: then it can be differentiated again
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        backward=lambda ctx, dy: _op(dy),   # of ops and aten: so it can be differentiated again
+        setup_context=lambda ctx, inputs, output: None,
     )
 
-    def twice(x):                                      # the public function: check, make canonical, call
+    def twice(x):                           # the public function: check, make canonical, call
         require_tensor("twice", "x", x, "N C H W")
         return _op(x)
 
@@ -134,9 +135,9 @@ def _check_choice(name: str) -> str:
 class backend:
     """`with fastgen.backend("reference"): ...` chooses what ops run on, for the whole process.
 
-    auto (the default: FASTGEN_BACKEND, or else the best for each op and device), cuda, cpu, triton, reference.
-    An op that has no kernel in the chosen backend runs as in auto. Work recorded for autograd inside `reference`
-    stays plain PyTorch when it is differentiated outside.
+    One of auto (the best for each op and device), cuda, cpu, triton, reference. At the start it is the
+    environment's FASTGEN_BACKEND, or auto. An op that has no kernel in the chosen backend runs as in auto.
+    What `reference` records for autograd stays plain PyTorch, wherever it is differentiated.
     Raises: RuntimeError where the backend is missing, with the reason; ValueError on another name.
     """
 
@@ -173,10 +174,9 @@ def require_tensor(op: str, name: str, x, axes: str | Sequence[str] | None = Non
         raise TypeError(f"{op}: {name} must be {wanted}, got {str(x.dtype).removeprefix('torch.')}")
     if axes is not None:
         options = [option.split() for option in ([axes] if isinstance(axes, str) else axes)]
-        if x.ndim not in [len(option) for option in options]:
+        if x.ndim not in map(len, options):
             wanted = " or ".join(
-                f"{len(option)} dimension{'s' * (len(option) != 1)} [{', '.join(option)}]"
-                for option in options
+                f"{len(o)} dimension{'s' if len(o) > 1 else ''} [{', '.join(o)}]" for o in options
             )
             raise ValueError(f"{op}: {name} must have {wanted}, got {x.ndim} ({list(x.shape)})")
 
@@ -184,10 +184,9 @@ def require_tensor(op: str, name: str, x, axes: str | Sequence[str] | None = Non
 def require_shape(op: str, name: str, x: Tensor, shape: Sequence[int | None], axes: str) -> None:
     """x has this shape; None stands for any size. axes names them in the message: "N 3 C H W"."""
     require_tensor(op, name, x, axes)
-    if any(want is not None and want != got for want, got in zip(shape, x.shape, strict=True)):
-        wanted = ", ".join(
-            f"{a}" if n is None or a == f"{n}" else f"{a}={n}" for a, n in zip(axes.split(), shape)
-        )
+    if any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
+        sizes = zip(axes.split(), shape, strict=True)
+        wanted = ", ".join(a if n is None or a == str(n) else f"{a}={n}" for a, n in sizes)
         raise ValueError(f"{op}: {name} must have shape [{wanted}], got {list(x.shape)}")
 
 
@@ -200,16 +199,13 @@ def require_same_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def require_ints(op: str, name: str, value, counts: Sequence[int], at_least: int | None = None) -> list[int]:
-    """An int, or as many ints as one of the counts; returns them as the longest list: [x, y] or [x0, x1, y0, y1]."""
+    """One int, or as many as one of the counts; returns as many as the last one, [x, y] or [x0, x1, y0, y1]."""
     values = [value] if isinstance(value, int) else value
-    counts = (1, *counts)
-    ints = isinstance(values, (list, tuple)) and all(isinstance(v, int) for v in values)
-    if not ints or len(values) not in counts:
-        wanted = ", ".join(
-            f"[{', '.join(['x', 'y'] if n == 2 else ['x0', 'x1', 'y0', 'y1'])}]" for n in counts[1:]
-        )
-        raise ValueError(f"{op}: {name} must be an int or {wanted}, got {value!r}")
+    ints = isinstance(values, list | tuple) and all(isinstance(v, int) for v in values)
+    if not ints or len(values) not in (1, *counts):
+        forms = {2: "[x, y]", 4: "[x0, x1, y0, y1]"}
+        wanted = " or ".join(["an int", *(forms[n] for n in counts)])
+        raise ValueError(f"{op}: {name} must be {wanted}, got {value!r}")
     if at_least is not None and min(values) < at_least:
         raise ValueError(f"{op}: {name} must be at least {at_least}, got {value!r}")
-    n = max(counts)
-    return [v for v in values for _ in range(n // len(values))]
+    return [v for v in values for _ in range(counts[-1] // len(values))]

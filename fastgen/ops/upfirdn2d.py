@@ -1,16 +1,48 @@
-"""Upsample, FIR-filter, downsample."""
+"""Upsample, pad, FIR-filter, downsample: the resampling of StyleGAN.
+
+Along one axis, with s = up, d = down, p0 and p1 the padding, and c the filter as correlation applies it,
+
+    out[o] = sum_k c[k] z[o d + k],   z[j] = x[(j - p0) / s] where that is a whole number inside x, else 0.
+
+Its transpose has, for the gradient g of out, dx[i] = sum_o c[i s + p0 - o d] g[o]: zeros inserted into g
+(up = d), the filter reversed, every s-th sample kept (down = s), and, as tap p0 links the first samples,
+padding (taps - 1 - p0, (W - 1) s + 1 - len(out) d + p0), which gives exactly W samples.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._define import define, memory_format, require, require_ints, require_same_device, require_tensor, wide
 
-def setup_filter(f, device=None, normalize=True, flip_filter=False, gain=1, separable=None) -> Tensor:
+
+def setup_filter(
+    f,  # None, a number, taps, or rows of taps
+    device: torch.device | str | None = None,
+    normalize: bool = True,
+    flip_filter: bool = False,
+    gain: float = 1,
+    separable: bool | None = None,
+) -> Tensor:
+    """A filter for the ops of this file, float32: [taps] (separable) or [fh, fw].
+
+    f = None means [1]. Taps become the outer product with themselves unless `separable`, which None sets for
+    eight taps or more. `normalize` divides by the sum, `flip_filter` reverses, `gain` multiplies by
+    gain ** (ndim / 2).
+    Raises: ValueError on shapes and values.
+    """
     f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
-    if f.ndim == 0:
-        f = f[None]
+    f = f.reshape(1) if f.ndim == 0 else f
+    require(
+        f.ndim <= 2 and f.numel() > 0,
+        "setup_filter",
+        f"f must be a number, a list [taps] or a table [fh, fw], got shape {list(f.shape)}",
+    )
     if separable is None:
         separable = f.ndim == 1 and f.numel() >= 8
+    require(
+        f.ndim == 1 or not separable, "setup_filter", f"f must be [taps] to be separable, got {list(f.shape)}"
+    )
     if f.ndim == 1 and not separable:
         f = f.outer(f)
     if normalize:
@@ -20,49 +52,198 @@ def setup_filter(f, device=None, normalize=True, flip_filter=False, gain=1, sepa
     return (f * gain ** (f.ndim / 2)).to(device=device)
 
 
-def _pair(v):
-    return [v, v] if isinstance(v, int) else list(v)
+def upfirdn2d_reference(
+    x: Tensor,  # [N, C, H, W]
+    f: Tensor | None,  # [taps] or [fh, fw]
+    up: list[int],  # [x, y]
+    down: list[int],  # [x, y]
+    padding: list[int],  # [x0, x1, y0, y1]
+    flip_filter: bool,
+    gain: float,
+) -> Tensor:
+    """upfirdn2d by PyTorch's convolutions; differentiable in x to any order."""
+    if x.numel() == 0:
+        return x.sum().expand(*x.shape[:2], *_out_size(x.shape[2:], f, up, down, padding)).clone()
+    y = wide(x)
+    taps = y.new_ones(1, 1) if f is None else f.detach().to(y.dtype)
+    if not flip_filter:
+        taps = taps.flip(list(range(taps.ndim)))
+    if taps.ndim == 2:
+        y = _filter(y, taps * gain, up, down, padding)
+    else:
+        y = _filter(y, taps[None] * gain, [up[0], 1], [down[0], 1], [*padding[:2], 0, 0])
+        y = _filter(y, taps[:, None], [1, up[1]], [1, down[1]], [0, 0, *padding[2:]])
+    return y.to(x.dtype).contiguous(memory_format=memory_format(x))
 
 
-def _four(padding):
-    p = _pair(padding)
-    return [p[0], p[0], p[1], p[1]] if len(p) == 2 else p
+def _filter(x: Tensor, taps: Tensor, up: list[int], down: list[int], padding: list[int]) -> Tensor:
+    """Correlation with taps [th, tw] by depthwise convolutions, which never meet an inserted zero."""
+    th, tw = taps.shape
+    weight = taps.expand(x.shape[1], 1, th, tw)
+    if up == [1, 1]:
+        pad, rest = _symmetric(padding)
+        return F.conv2d(_window(x, rest), weight, padding=pad, stride=down[::-1], groups=x.shape[1])
+    # The transposed convolution is the full one, but without the zeros after the last sample.
+    x0, x1, y0, y1 = padding
+    crop, rest = _symmetric([tw - 1 - x0, tw - up[0] - x1, th - 1 - y0, th - up[1] - y1])
+    x = F.conv_transpose2d(x, weight.flip([2, 3]), padding=crop, stride=up[::-1], groups=x.shape[1])
+    return _window(x, [-p for p in rest])[:, :, :: down[1], :: down[0]]
 
 
-def _size(f):
-    return (1, 1) if f is None else (f.shape[-1], f.shape[0])
+def _symmetric(padding: list[int]) -> tuple[list[int], list[int]]:
+    """What a convolution can do itself, as [y, x], and what is left."""
+    x, y = max(0, min(padding[:2])), max(0, min(padding[2:]))
+    return [y, x], [padding[0] - x, padding[1] - x, padding[2] - y, padding[3] - y]
 
 
-def upfirdn2d(x: Tensor, f: Tensor | None, up=1, down=1, padding=0, flip_filter=False, gain=1) -> Tensor:
-    (ux, uy), (dx, dy), (x0, x1, y0, y1) = _pair(up), _pair(down), _four(padding)
-    n, c, h, w = x.shape
-    if ux > 1 or uy > 1:
-        x = F.pad(x.reshape(n, c, h, 1, w, 1), [0, ux - 1, 0, 0, 0, uy - 1]).reshape(n, c, h * uy, w * ux)
-    x = F.pad(x, [x0, x1, y0, y1])
+def _window(x: Tensor, padding: list[int]) -> Tensor:
+    """Zero padding; negative values crop, what was just padded too."""
+    x = F.pad(x, [max(0, p) for p in padding]) if max(padding) > 0 else x
+    left, right, top, bottom = (max(0, -p) for p in padding)
+    return x[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]
+
+
+def _out_size(size, f: Tensor | None, up: list[int], down: list[int], padding: list[int]) -> tuple[int, int]:
+    (h, w), (fh, fw) = size, _filter_size(f)
+    x0, x1, y0, y1 = padding
+    return (h * up[1] + y0 + y1 - fh) // down[1] + 1, (w * up[0] + x0 + x1 - fw) // down[0] + 1
+
+
+def _filter_size(f: Tensor | None) -> tuple[int, int]:
+    return (1, 1) if f is None else (f.shape[0], f.shape[-1])
+
+
+def _fake(x, f, up, down, padding, flip_filter, gain):
+    shape = (*x.shape[:2], *_out_size(x.shape[2:], f, up, down, padding))
+    return x.new_empty(shape).contiguous(memory_format=memory_format(x))
+
+
+def _setup_context(ctx, inputs, output):
+    x, f, *ctx.args = inputs
+    ctx.size = x.shape[2:]
+    ctx.save_for_backward(*[f] * (f is not None))
+
+
+def _backward(ctx, dy):
+    f = next(iter(ctx.saved_tensors), None)
+    up, down, (x0, _, y0, _), flip_filter, gain = ctx.args
+    (h, w), (fh, fw), (oh, ow) = ctx.size, _filter_size(f), dy.shape[2:]
+    x1 = (w - 1) * up[0] + 1 - ow * down[0] + x0
+    y1 = (h - 1) * up[1] + 1 - oh * down[1] + y0
+    padding = [fw - 1 - x0, x1, fh - 1 - y0, y1]
+    return _upfirdn2d(dy, f, down, up, padding, not flip_filter, gain), *[None] * 6
+
+
+def _vmap(info, in_dims, x, f, *args):
+    if in_dims[1] is not None:
+        raise NotImplementedError("upfirdn2d: f must be the same for the whole vmap")
+    x = x.movedim(in_dims[0], 0)
+    return _upfirdn2d(x.flatten(0, 1), f, *args).unflatten(0, x.shape[:2]), 0
+
+
+_upfirdn2d = define(
+    "upfirdn2d(Tensor x, Tensor? f, int[] up, int[] down, int[] padding, bool flip_filter, float gain)"
+    " -> Tensor",
+    reference=upfirdn2d_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+    vmap=_vmap,
+)
+
+
+def upfirdn2d(
+    x: Tensor,  # [N, C, H, W]
+    f: Tensor | None,  # [taps] (separable) or [fh, fw]; None is the identity
+    up: int | list[int] = 1,  # or [x, y]
+    down: int | list[int] = 1,  # or [x, y]
+    padding: int | list[int] = 0,  # or [x, y] or [x0, x1, y0, y1], of the upsampled image
+    flip_filter: bool = False,
+    gain: float = 1,
+) -> Tensor:
+    """Per channel: insert zeros, pad with zeros, convolve with f, keep every down-th sample.
+
+    After each sample come up - 1 zeros, after the last one too. Negative padding crops. The convolution keeps
+    the valid part; flip_filter=True makes it a correlation. The result is multiplied by gain once.
+    Returns:   [N, C, (H up + y0 + y1 - fh) // down + 1, (W up + x0 + x1 - fw) // down + 1], dtype of x.
+    Raises:    ValueError on shapes, values, and an f larger than the padded image; TypeError on dtypes.
+    Precision: accumulates in float32 (float64 for float64); differentiable in x to any order; not in f.
+    """
+    return _checked("upfirdn2d", x, f, up, down, padding, flip_filter, gain, _no_growth)
+
+
+def filter2d(
+    x: Tensor,  # [N, C, H, W]
+    f: Tensor | None,  # as for upfirdn2d
+    padding: int | list[int] = 0,  # what the result grows by
+    flip_filter: bool = False,
+    gain: float = 1,
+) -> Tensor:
+    """upfirdn2d with as much padding as keeps the size."""
+    return _checked("filter2d", x, f, 1, 1, padding, flip_filter, gain, _same_growth)
+
+
+def upsample2d(
+    x: Tensor,  # [N, C, H, W]
+    f: Tensor | None,  # as for upfirdn2d
+    up: int | list[int] = 2,
+    padding: int | list[int] = 0,  # what the result grows by
+    flip_filter: bool = False,
+    gain: float = 1,
+) -> Tensor:
+    """upfirdn2d to up times the size; brightness is kept, so gain grows by the product of up."""
+    x_up, y_up = require_ints("upsample2d", "up", up, [2], at_least=1)
+    gain = gain * x_up * y_up
+    return _checked("upsample2d", x, f, up, 1, padding, flip_filter, gain, _up_growth)
+
+
+def downsample2d(
+    x: Tensor,  # [N, C, H, W]
+    f: Tensor | None,  # as for upfirdn2d
+    down: int | list[int] = 2,
+    padding: int | list[int] = 0,  # what the input grows by
+    flip_filter: bool = False,
+    gain: float = 1,
+) -> Tensor:
+    """upfirdn2d to 1 / down times the size."""
+    return _checked("downsample2d", x, f, 1, down, padding, flip_filter, gain, _down_growth)
+
+
+def _no_growth(taps, up, down):
+    return 0, 0
+
+
+def _same_growth(taps, up, down):
+    return taps // 2, (taps - 1) // 2
+
+
+def _up_growth(taps, up, down):
+    return (taps + up - 1) // 2, (taps - up) // 2
+
+
+def _down_growth(taps, up, down):
+    return (taps - down + 1) // 2, (taps - down) // 2
+
+
+def _checked(op, x, f, up, down, padding, flip_filter, gain, growth):
+    """Check, make canonical, grow the padding by growth(taps, up, down) -> (before, after), call."""
+    require_tensor(op, "x", x, "N C H W")
     if f is not None:
-        f = f.to(x.dtype) if flip_filter else f.to(x.dtype).flip(list(range(f.ndim)))
-        if f.ndim == 2:
-            x = F.conv2d(x, (f * gain).expand(c, 1, -1, -1), stride=(dy, dx), groups=c)
-        else:
-            x = F.conv2d(x, (f * gain)[None, None, None].expand(c, 1, 1, -1), stride=(1, dx), groups=c)
-            x = F.conv2d(x, f[None, None, :, None].expand(c, 1, -1, 1), stride=(dy, 1), groups=c)
-        return x
-    return x[:, :, ::dy, ::dx] * gain
-
-
-def filter2d(x: Tensor, f: Tensor | None, padding=0, flip_filter=False, gain=1) -> Tensor:
-    (fw, fh), p = _size(f), _four(padding)
-    p = [p[0] + fw // 2, p[1] + (fw - 1) // 2, p[2] + fh // 2, p[3] + (fh - 1) // 2]
-    return upfirdn2d(x, f, padding=p, flip_filter=flip_filter, gain=gain)
-
-
-def upsample2d(x: Tensor, f: Tensor | None, up=2, padding=0, flip_filter=False, gain=1) -> Tensor:
-    (fw, fh), (ux, uy), p = _size(f), _pair(up), _four(padding)
-    p = [p[0] + (fw + ux - 1) // 2, p[1] + (fw - ux) // 2, p[2] + (fh + uy - 1) // 2, p[3] + (fh - uy) // 2]
-    return upfirdn2d(x, f, up=up, padding=p, flip_filter=flip_filter, gain=gain * ux * uy)
-
-
-def downsample2d(x: Tensor, f: Tensor | None, down=2, padding=0, flip_filter=False, gain=1) -> Tensor:
-    (fw, fh), (dx, dy), p = _size(f), _pair(down), _four(padding)
-    p = [p[0] + (fw - dx + 1) // 2, p[1] + (fw - dx) // 2, p[2] + (fh - dy + 1) // 2, p[3] + (fh - dy) // 2]
-    return upfirdn2d(x, f, down=down, padding=p, flip_filter=flip_filter, gain=gain)
+        require_tensor(op, "f", f, ("taps", "fh fw"))
+        require(f.numel() > 0, op, f"f must have at least one tap, got shape {list(f.shape)}")
+        require_same_device(op, x=x, f=f)
+        f = f.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    up = require_ints(op, "up", up, [2], at_least=1)
+    down = require_ints(op, "down", down, [2], at_least=1)
+    x0, x1, y0, y1 = require_ints(op, "padding", padding, [2, 4])
+    (h, w), (fh, fw) = x.shape[2:], _filter_size(f)
+    grow_x, grow_y = growth(fw, up[0], down[0]), growth(fh, up[1], down[1])
+    padding = [x0 + grow_x[0], x1 + grow_x[1], y0 + grow_y[0], y1 + grow_y[1]]
+    require(h > 0 and w > 0, op, f"x must have at least one row and one column, got shape {list(x.shape)}")
+    size = [h * up[1] + padding[2] + padding[3], w * up[0] + padding[0] + padding[1]]
+    require(
+        size[0] >= fh and size[1] >= fw,
+        op,
+        f"x, upsampled and padded, must be at least as large as f [{fh}, {fw}], got {size}",
+    )
+    return _upfirdn2d(x, f, up, down, padding, bool(flip_filter), float(gain))
