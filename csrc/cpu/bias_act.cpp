@@ -1,0 +1,185 @@
+// bias_act and its first two derivatives. Any dense layout: the channel of the element at memory position i is
+// (i / inner) % channels, where inner is the stride of the channel dimension.
+#include "activations.h"
+
+namespace fastgen {
+namespace {
+
+constexpr int64_t block = 1024;  // elements staged in the first-level cache
+
+struct Job {
+  const void *x, *dy, *ddx;  // ddx null: order 1; dy null too: order 0
+  void* out;
+  const void* bias;  // in the accumulating type: one number a channel, or a whole pattern; null for none
+  int64_t inner, channels, pattern;
+  Activation act;
+  double alpha, gain, clamp;
+};
+
+// `x` in the accumulating type: itself, or converted into `buffer`.
+template <class S, class T>
+FASTGEN_INLINE const T* load(const S* x, T* buffer, int64_t n) {
+  if constexpr (std::is_same_v<S, T>) {
+    return x;
+  } else {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(x[i]);
+    return buffer;
+  }
+}
+
+template <Activation A, int order, class T>
+FASTGEN_INLINE void map(const T* v, const T* g, T* out, int64_t n, const Job& job) {
+  const T alpha = static_cast<T>(job.alpha), gain = static_cast<T>(job.gain), clamp = static_cast<T>(job.clamp);
+  for (int64_t i = 0; i < n; ++i) out[i] = activate<A, order, T>(v[i], order ? g[i] : T(0), alpha, gain, clamp);
+}
+
+template <int order, class T>
+FASTGEN_INLINE void map_any(const T* v, const T* g, T* out, int64_t n, const Job& job) {
+  switch (job.act) {
+    case Activation::linear:
+      return map<Activation::linear, order>(v, g, out, n, job);
+    case Activation::relu:
+      return map<Activation::relu, order>(v, g, out, n, job);
+    case Activation::lrelu:
+      return map<Activation::lrelu, order>(v, g, out, n, job);
+    case Activation::tanh:
+      return map<Activation::tanh, order>(v, g, out, n, job);
+    case Activation::sigmoid:
+      return map<Activation::sigmoid, order>(v, g, out, n, job);
+    case Activation::elu:
+      return map<Activation::elu, order>(v, g, out, n, job);
+    case Activation::selu:
+      return map<Activation::selu, order>(v, g, out, n, job);
+    case Activation::softplus:
+      return map<Activation::softplus, order>(v, g, out, n, job);
+    case Activation::swish:
+      return map<Activation::swish, order>(v, g, out, n, job);
+  }
+}
+
+template <class S>
+FASTGEN_INLINE void run(const Job& job, int64_t begin, int64_t end) {
+  using T = accumulator_t<S>;
+  T value_buffer[block], gradient_buffer[block], second_buffer[block];
+  const auto* x = static_cast<const S*>(job.x);
+  const auto* dy = static_cast<const S*>(job.dy);
+  const auto* ddx = static_cast<const S*>(job.ddx);
+  const auto* bias = static_cast<const T*>(job.bias);
+  auto* out = static_cast<S*>(job.out);
+
+  for (int64_t i = begin, n; i < end; i += n) {
+    n = std::min(block, end - i);
+    const T* v;
+    if (!bias) {
+      v = load<S, T>(x + i, value_buffer, n);
+    } else if (job.pattern) {
+      const int64_t from = i % job.pattern;
+      n = std::min(n, job.pattern - from);
+      for (int64_t j = 0; j < n; ++j) value_buffer[j] = static_cast<T>(x[i + j]) + bias[from + j];
+      v = value_buffer;
+    } else {
+      const int64_t row = i / job.inner;
+      n = std::min(n, (row + 1) * job.inner - i);
+      const T b = bias[row % job.channels];
+      for (int64_t j = 0; j < n; ++j) value_buffer[j] = static_cast<T>(x[i + j]) + b;
+      v = value_buffer;
+    }
+
+    T* to = value_buffer;
+    if constexpr (std::is_same_v<S, T>) to = out + i;
+    if (!dy) {
+      map_any<0, T>(v, nullptr, to, n, job);
+    } else {
+      const T* g = load<S, T>(dy + i, gradient_buffer, n);
+      if (!ddx) {
+        map_any<1, T>(v, g, to, n, job);
+      } else {
+        const T* h = load<S, T>(ddx + i, second_buffer, n);
+        for (int64_t j = 0; j < n; ++j) gradient_buffer[j] = g[j] * h[j];
+        map_any<2, T>(v, gradient_buffer, to, n, job);
+      }
+    }
+    if constexpr (!std::is_same_v<S, T>) {
+      for (int64_t j = 0; j < n; ++j) out[i + j] = static_cast<S>(to[j]);
+    }
+  }
+}
+
+FASTGEN_SIMD void run_float(const Job& job, int64_t begin, int64_t end) { run<float>(job, begin, end); }
+FASTGEN_SIMD void run_double(const Job& job, int64_t begin, int64_t end) { run<double>(job, begin, end); }
+FASTGEN_SIMD void run_bfloat16(const Job& job, int64_t begin, int64_t end) { run<BFloat16>(job, begin, end); }
+FASTGEN_SIMD void run_half(const Job& job, int64_t begin, int64_t end) { run<Half>(job, begin, end); }
+
+void run(float, const Job& job, int64_t begin, int64_t end) { run_float(job, begin, end); }
+void run(double, const Job& job, int64_t begin, int64_t end) { run_double(job, begin, end); }
+void run(BFloat16, const Job& job, int64_t begin, int64_t end) { run_bfloat16(job, begin, end); }
+void run(Half, const Job& job, int64_t begin, int64_t end) { run_half(job, begin, end); }
+
+Tensor apply(const Tensor* ddx, const Tensor* dy, const Tensor& x, const std::optional<Tensor>& b, int64_t dim,
+             const std::string& act, double alpha, double gain, double clamp) {
+  Tensor out = torch::stable::empty_like(x);
+  const int64_t count = x.numel();
+  if (!count) return out;
+  const Tensor dense_x = with_layout_of(out, x);
+  const Tensor dense_dy = dy ? with_layout_of(out, *dy) : x;
+  const Tensor dense_ddx = ddx ? with_layout_of(out, *ddx) : x;
+
+  Job job{dense_x.const_data_ptr(),
+          dy ? dense_dy.const_data_ptr() : nullptr,
+          ddx ? dense_ddx.const_data_ptr() : nullptr,
+          out.mutable_data_ptr(),
+          nullptr,
+          1,
+          1,
+          0,
+          activation_of(act),
+          alpha,
+          gain,
+          clamp};
+  dispatch("bias_act", x.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using T = accumulator_t<S>;
+    std::vector<T> bias;
+    if (b) {
+      bias = host_vector<T>("bias_act", *b);
+      job.channels = x.size(dim);
+      job.inner = job.channels == 1 ? count : out.stride(dim);
+      if (job.inner < 64) {  // short runs: repeat the numbers until the pattern fills a block
+        std::vector<T> pattern;
+        while (static_cast<int64_t>(pattern.size()) < block) {
+          for (T value : bias) pattern.insert(pattern.end(), job.inner, value);
+        }
+        bias.swap(pattern);
+        job.pattern = static_cast<int64_t>(bias.size());
+      }
+      job.bias = bias.data();
+    }
+    parallel_for(count, 1, [&](int64_t begin, int64_t end) { run(zero, job, begin, end); });
+  });
+  return out;
+}
+
+Tensor bias_act_cpu(const Tensor& x, const std::optional<Tensor>& b, int64_t dim, const std::string& act,
+                    double alpha, double gain, double clamp) {
+  return apply(nullptr, nullptr, x, b, dim, act, alpha, gain, clamp);
+}
+
+Tensor bias_act_bwd_cpu(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& b, int64_t dim,
+                        const std::string& act, double alpha, double gain, double clamp) {
+  return apply(nullptr, &dy, x, b, dim, act, alpha, gain, clamp);
+}
+
+Tensor bias_act_bwd2_cpu(const Tensor& ddx, const Tensor& dy, const Tensor& x, const std::optional<Tensor>& b,
+                         int64_t dim, const std::string& act, double alpha, double gain, double clamp) {
+  return apply(&ddx, &dy, x, b, dim, act, alpha, gain, clamp);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  m.impl("bias_act", TORCH_BOX(&bias_act_cpu));
+  m.impl("bias_act_bwd", TORCH_BOX(&bias_act_bwd_cpu));
+  m.impl("bias_act_bwd2", TORCH_BOX(&bias_act_bwd2_cpu));
+}
+
+}  // namespace fastgen
