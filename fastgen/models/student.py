@@ -1,0 +1,225 @@
+"""The student: a convolutional generator that shares the teacher's style space and takes the pose as an
+input.
+
+z, c -> the teacher's mapping (frozen) -> ws; ws, pose c -> pose mapping -> style -> StyleGAN2 synthesis ->
+feature image -> super-resolution, which starts as the teacher's -> image. No volume is rendered. Source:
+Shahbazi et al., "NeRF-GAN Distillation for Efficient 3D-Aware Generation with Convolutions", arXiv
+2303.12865."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .layers import MappingNetwork, SynthesisNetwork, require_shape
+from .superresolution import SuperResolution
+
+
+@dataclass(frozen=True)
+class Size:
+    """channel_base, channel_max, style_dim: of the renderer. superresolution: its widths at most; None: the
+    teacher's.
+    """
+
+    channel_base: int
+    channel_max: int
+    style_dim: int
+    style_lr_multiplier: float = 0.01
+    superresolution: tuple[int, int] | None = None
+
+
+SIZES = {
+    "full": Size(32768, 512, 512),
+    "compact": Size(8192, 256, 512, superresolution=(64, 32)),
+    "toy": Size(2048, 64, 128, style_lr_multiplier=0.1),
+}
+
+
+class Student(nn.Module):
+    """The convolutional renderer with the teacher's call shape.
+
+    z_dim, c_dim, w_dim, num_ws, mapping_layers: the teacher's mapping
+    conditioning_scale:   what that mapping's c is multiplied by; 0 where the teacher ignores it
+    img_resolution, neural_rendering_resolution, feature_channels: the images', as the teacher's
+    channel_base, channel_max: the renderer's width, min(channel_base // resolution, channel_max)
+    style_dim, style_layers, style_lr_multiplier: the pose mapping from w and c to the renderer's style
+    pose_input:           'mapping': the pose enters through the pose mapping alone
+    superresolution, superresolution_kwargs, sr_antialias, superresolution_noise_mode: as the teacher's
+
+    `config` holds all of these as plain values; Student(**config) builds the same network.
+    """
+
+    def __init__(
+        self,
+        z_dim: int = 512,
+        c_dim: int = 25,
+        w_dim: int = 512,
+        num_ws: int = 14,
+        mapping_layers: int = 2,
+        conditioning_scale: float = 1.0,
+        img_resolution: int = 512,
+        neural_rendering_resolution: int = 64,
+        feature_channels: int = 32,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        style_dim: int = 512,
+        style_layers: int = 3,
+        style_lr_multiplier: float = 0.01,
+        pose_input: str = "mapping",
+        superresolution: str = "SuperresolutionHybrid8XDC",
+        superresolution_kwargs: Mapping | None = None,
+        sr_antialias: bool = True,
+        superresolution_noise_mode: str = "none",
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config["superresolution_kwargs"] = dict(superresolution_kwargs or {})
+        if pose_input != "mapping":
+            raise ValueError(f"Student: pose_input must be 'mapping', got {pose_input!r}")
+        self.z_dim, self.c_dim, self.w_dim, self.num_ws = z_dim, c_dim, w_dim, num_ws
+        self.img_resolution, self.neural_rendering_resolution = img_resolution, neural_rendering_resolution
+        self.conditioning_scale, self.superresolution_noise_mode = (
+            conditioning_scale,
+            superresolution_noise_mode,
+        )
+
+        self.teacher_mapping = MappingNetwork(z_dim, c_dim, w_dim, num_ws, mapping_layers)
+        self.teacher_mapping.requires_grad_(False)
+        self.renderer = SynthesisNetwork(
+            style_dim, neural_rendering_resolution, feature_channels, channel_base, channel_max
+        )
+        # Every block but the first begins by adding nothing, so that a run that grows goes on where it was.
+        for resolution in self.renderer.block_resolutions[1:]:
+            nn.init.zeros_(getattr(self.renderer, f"b{resolution}").torgb.weight)
+        self.pose_mapping = MappingNetwork(
+            w_dim, 25, style_dim, self.renderer.num_ws, style_layers, style_lr_multiplier, w_avg_beta=None
+        )
+        self.superresolution = SuperResolution(
+            superresolution,
+            feature_channels,
+            w_dim,
+            antialias=sr_antialias,
+            **self.config["superresolution_kwargs"],
+        )
+        if self.superresolution.img_resolution != img_resolution:
+            raise ValueError(
+                f"Student: img_resolution must be {self.superresolution.img_resolution} with "
+                f"{superresolution}, got {img_resolution}"
+            )
+
+    @classmethod
+    def from_teacher(
+        cls,
+        teacher: nn.Module,
+        size: str = "full",
+        neural_rendering_resolution: int | None = None,
+        **overrides,
+    ) -> Student:
+        """A new student of a teacher: its mapping copied and frozen, its super-resolution as the start.
+
+        size: one of SIZES. neural_rendering_resolution None: the teacher's. overrides: of the constructor's
+        arguments. Where the super-resolution's widths differ from the teacher's ('compact'), it starts from
+        scratch.
+        """
+        if size not in SIZES:
+            raise ValueError(f"Student: size must be one of {', '.join(SIZES)}, got {size!r}")
+        shape, kwargs, mapping = SIZES[size], teacher.rendering_kwargs, teacher.backbone.mapping
+        superresolution_kwargs = dict(teacher.config["superresolution_kwargs"])
+        if shape.superresolution is not None:
+            block0, block1 = teacher.superresolution.block0, teacher.superresolution.block1
+            widths = (block0.conv1.weight.shape[0], block1.conv1.weight.shape[0])
+            superresolution_kwargs["channels"] = [
+                min(a, b) for a, b in zip(widths, shape.superresolution, strict=True)
+            ]
+        config = {
+            "z_dim": teacher.z_dim,
+            "c_dim": teacher.c_dim,
+            "w_dim": teacher.w_dim,
+            "num_ws": teacher.num_ws,
+            "mapping_layers": mapping.num_layers,
+            "conditioning_scale": 0.0 if kwargs["c_gen_conditioning_zero"] else float(kwargs["c_scale"]),
+            "img_resolution": teacher.img_resolution,
+            "neural_rendering_resolution": neural_rendering_resolution or teacher.neural_rendering_resolution,
+            "feature_channels": teacher.feature_channels,
+            "channel_base": shape.channel_base,
+            "channel_max": shape.channel_max,
+            "style_dim": shape.style_dim,
+            "style_lr_multiplier": shape.style_lr_multiplier,
+            "superresolution": teacher.config["superresolution"],
+            "superresolution_kwargs": superresolution_kwargs,
+            "sr_antialias": kwargs["sr_antialias"],
+            "superresolution_noise_mode": kwargs["superresolution_noise_mode"],
+        }
+        student = cls(**config | overrides)
+        student.teacher_mapping.load_state_dict(mapping.state_dict())
+        if student.config["superresolution_kwargs"] == teacher.config["superresolution_kwargs"]:
+            student.superresolution.load_state_dict(teacher.superresolution.state_dict())
+        return student
+
+    def renderer_parameters(self) -> Iterator[nn.Parameter]:
+        """The weights that start from scratch: pose mapping and renderer."""
+        yield from self.pose_mapping.parameters()
+        yield from self.renderer.parameters()
+
+    def mapping(
+        self,
+        z: Tensor,  # [N, z_dim]  N(0, 1)
+        c: Tensor,  # [N, c_dim]  the conditioning pose
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> Tensor:
+        """The teacher's mapping: ws [N, num_ws, w_dim]."""
+        require_shape("Student.mapping", "z", z, (None, self.z_dim), "[N, z_dim]")
+        require_shape("Student.mapping", "c", c, (None, self.c_dim), "[N, c_dim]")
+        return self.teacher_mapping(z, c * self.conditioning_scale, truncation_psi, truncation_cutoff)
+
+    def render(
+        self,
+        ws: Tensor,  # [N, num_ws, w_dim]; the first w is used
+        c: Tensor,  # [N, 25]  the camera
+        noise_mode: str = "const",
+        resolution: int | None = None,
+    ) -> dict[str, Tensor]:
+        """The convolutional stand-in for volume rendering. A smaller `resolution` stops at that block's sum.
+
+        Returns: feature_image [N, feature_channels, h, w] and image_raw [N, 3, h, w], its first channels,
+        about
+          [-1, 1].
+        """
+        require_shape("Student.render", "ws", ws, (None, self.num_ws, self.w_dim), "[N, num_ws, w_dim]")
+        require_shape("Student.render", "c", c, (ws.shape[0], 25), "[N, 25]")
+        features = self.renderer(self.pose_mapping(ws[:, 0], c), noise_mode, resolution)
+        return {"feature_image": features, "image_raw": features[:, :3]}
+
+    def super_resolve(self, feature_image: Tensor, ws: Tensor, noise_mode: str | None = None) -> Tensor:
+        """Feature image [N, feature_channels, h, w] and the last w -> image [N, 3, H, W], about [-1, 1].
+
+        noise_mode None means superresolution_noise_mode.
+        """
+        return self.superresolution(feature_image, ws, noise_mode or self.superresolution_noise_mode)
+
+    def synthesis(
+        self,
+        ws: Tensor,  # [N, num_ws, w_dim]
+        c: Tensor,  # [N, 25]  the camera
+        noise_mode: str = "const",
+    ) -> dict[str, Tensor]:
+        """Styles and pose to images: render, super_resolve. The noise mode is the renderer's.
+
+        Returns: image [N, 3, H, W], and feature_image, image_raw as `render` gives them.
+        """
+        rendered = self.render(ws, c, noise_mode)
+        return {"image": self.super_resolve(rendered["feature_image"], ws)} | rendered
+
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        **synthesis_kwargs,
+    ) -> dict[str, Tensor]:
+        """`mapping` and `synthesis` with one pose for conditioning and camera."""
+        return self.synthesis(self.mapping(z, c, truncation_psi, truncation_cutoff), c, **synthesis_kwargs)

@@ -1,0 +1,1 @@
+"""Distillation of a NeRF-GAN into a convolutional student: configuration, data, losses, loop, metrics."""

@@ -1,0 +1,295 @@
+"""Every choice of a distillation run, in one frozen dataclass.
+
+Choices that the paper fixes (Shahbazi et al., arXiv 2303.12865) are marked P; the rest is fastgen's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+Curriculum = Literal["two-stage", "single-stage", "ramp", "reconstruction-only"]
+PerceptualKind = Literal["lpips-vgg", "random-vgg", "none"]
+_CHOICES = {
+    "curriculum": Curriculum.__args__,
+    "perceptual": PerceptualKind.__args__,
+    "student": ("full", "compact", "toy"),
+    "cooldown": ("none", "cosine"),
+}
+_AT_LEAST_1 = (
+    *("batch_size", "poses_per_latent", "replay_reuse", "r1_interval", "hr_interval", "log_every"),
+    *("grid_images", "discriminator_channels", "discriminator_channel_max"),
+)
+_AT_LEAST_0 = (
+    *(
+        "replay",
+        "stage1_steps",
+        "stage2_steps",
+        "ramp_steps",
+        "warmup_steps",
+        "grid_every",
+        "checkpoint_every",
+    ),
+    *("r1_gamma", "ema_half_life", "ema_rampup", "lr_superresolution", "seed"),
+)
+
+
+class Phase(NamedTuple):
+    """A stretch of a run with one size of batch."""
+
+    first_step: int
+    resolution: int | None
+    """Side of the feature map; None: the whole one, and the final image."""
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What one run does. Lengths are optimiser steps, image counts are images; presets are PRESETS[...]."""
+
+    # What is distilled, from what, to where.
+    teacher: str = "toy"
+    """'toy' (shipped), a .safetensors made by `fastgen convert`, or an original .pkl."""
+    out: str = "out/train"
+    """Folder for config.json, stats.jsonl, sample grids, TensorBoard events, checkpoints."""
+    student: Literal["full", "compact", "toy"] = "full"
+    """Size: 'full' is the paper's, 'compact' a narrower one for speed, 'toy' fits the toy teacher."""
+    camera: str = "auto"
+    """Render poses: 'auto' (the data set's labels when reals is one, else what the checkpoint or its data set
+    says), or the name of a preset in fastgen.presets whose pose distribution to use."""
+    neural_rendering_resolution: int | None = None
+    """Side of the feature map in pixels; None: the teacher's own."""
+
+    # Targets.
+    reals: str = "teacher"
+    """Real images for the discriminator: 'teacher' (its own), or an EG3D zip or folder with dataset.json."""
+    batch_size: int = 16
+    """Images per step."""
+    gpc_reg_prob: float = 0.5
+    """Probability that the pose which conditions the mapping is another image's, as EG3D trains."""
+    poses_per_latent: int = 1
+    """Poses rendered from one latent's tri-planes: more make targets cheaper, but share a conditioning pose.
+    """
+    replay: int = 0
+    """Targets kept and drawn from at random; 0: every target is fresh. For when the teacher is the
+    bottleneck.
+    """
+    replay_reuse: float = 1.0
+    """Uses of a kept target on average: each step renders batch_size / replay_reuse new ones."""
+
+    # Curriculum (P: reconstruction first, then reconstruction + adversarial).
+    curriculum: Curriculum = "two-stage"
+    """P: 'two-stage'. 'single-stage' is adversarial from step 0, 'ramp' raises its weight linearly over
+    ramp_steps from the end of stage 1, 'reconstruction-only' never has it.
+    """
+    stage1_steps: int = 100_000
+    """Steps of reconstruction only."""
+    stage2_steps: int = 100_000
+    """Steps after stage 1."""
+    growth: tuple[tuple[int, int, int], ...] = ()
+    """Phases that stage 1 begins with: (side of the feature map, steps, images per step), sides ascending.
+    Teacher and student cost the square of the side, and layout is learnt at the smallest. No terms of the
+    final image; the steps count towards stage1_steps. Ours, for short runs."""
+    ramp_steps: int = 50_000
+    """Steps over which 'ramp' raises the adversarial weight from 0 to 1."""
+
+    # Loss weights (P: which terms there are).
+    lambda_lr_pixel: float = 1.0
+    """Smooth L1 between feature maps."""
+    lambda_lr_perceptual: float = 1.0
+    """Perceptual distance between raw images."""
+    lambda_hr_pixel: float = 1.0
+    """Smooth L1 between final images."""
+    lambda_hr_perceptual: float = 1.0
+    """Perceptual distance between final images."""
+    lambda_adv: float = 0.005
+    """Generator's adversarial loss."""
+    hr_interval: int = 1
+    """Stage 1 computes the terms of the final image every so many steps. The super-resolution starts trained,
+    so that where it is most of the work, skipping it buys steps for the renderer."""
+    smooth_l1_beta: float = 1.0
+    """Where smooth L1 turns from quadratic to linear, in image units ([-1, 1])."""
+    perceptual: PerceptualKind = "lpips-vgg"
+    """'lpips-vgg' needs perceptual_weights; 'random-vgg' has random features; 'none' leaves the terms out."""
+    perceptual_weights: str | None = None
+    """torchvision's vgg16 state_dict on disk (vgg16-397923af.pth). Never downloaded."""
+    r1_gamma: float = 1.0
+    """Weight of the R1 penalty on real images: r1_gamma / 2 * |gradient|^2."""
+    r1_interval: int = 16
+    """R1 every so many discriminator steps, times as much."""
+
+    # Optimisation.
+    lr: float = 2e-3
+    """Student's learning rate in stage 1 (Adam)."""
+    lr_adversarial: float = 1e-3
+    """Student's learning rate once the adversarial loss is on."""
+    lr_discriminator: float = 2e-3
+    """Discriminator's learning rate (Adam)."""
+    lr_superresolution: float = 1.0
+    """The super-resolution's learning rate as a fraction of the student's: it starts trained."""
+    warmup_steps: int = 0
+    """Steps over which the student's learning rate rises from 0 at the start."""
+    cooldown: Literal["none", "cosine"] = "none"
+    """'cosine' lowers the student's learning rate to a tenth over each stage."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Student's Adam betas in stage 1."""
+    betas_adversarial: tuple[float, float] = (0.0, 0.99)
+    """Adam betas of the discriminator, and of the student once the adversarial loss is on."""
+    ema_half_life: float = 10_000
+    """Half-life of the averaged weights, in images. The average is what is evaluated and saved."""
+    ema_rampup: float = 0.05
+    """Early on the half-life is at most this fraction of the images seen."""
+    discriminator_channels: int = 32768
+    """channel_base of a discriminator that the checkpoint does not bring: its width times resolution."""
+    discriminator_channel_max: int = 512
+    """Its largest width."""
+    discriminator_from_teacher: bool = True
+    """Start from the checkpoint's discriminator when it has one."""
+
+    # Running.
+    device: str = "auto"
+    """'auto' (GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
+    seed: int = 0
+    """Fixes targets, batches and initial weights."""
+    resume: bool = False
+    """Continue the run in `out` from its checkpoint; losses go on as if it had never stopped."""
+    log_every: int = 10
+    """Steps between lines of stats.jsonl."""
+    grid_every: int = 1000
+    """Steps between sample grids; 0: none."""
+    grid_images: int = 8
+    """Columns of the grid."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+    def __post_init__(self):
+        for name in ("betas", "betas_adversarial"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "growth", tuple(tuple(phase) for phase in self.growth))
+        values = dataclasses.asdict(self)
+        for name, value in values.items():
+            if isinstance(value, float):
+                self._require(name, math.isfinite(value), "a finite number")
+            if name in _AT_LEAST_1:
+                self._require(name, value >= 1, "at least 1")
+            if name in _AT_LEAST_0 or name.startswith("lambda_"):
+                self._require(name, value >= 0, "at least 0")
+            if name in ("lr", "lr_adversarial", "lr_discriminator", "smooth_l1_beta"):
+                self._require(name, value > 0, "above 0")
+            if name.startswith("betas"):
+                inside = len(value) == 2 and all(0 <= beta < 1 for beta in value)
+                self._require(name, inside, "two numbers in [0, 1)")
+            if name in _CHOICES:
+                self._require(name, value in _CHOICES[name], "one of " + ", ".join(_CHOICES[name]))
+        self._require("gpc_reg_prob", 0 <= self.gpc_reg_prob <= 1, "in [0, 1]")
+        side = self.neural_rendering_resolution
+        self._require("neural_rendering_resolution", side is None or side >= 4, "at least 4")
+        self._require("curriculum", self.curriculum != "ramp" or self.ramp_steps > 0, "without ramp_steps 0")
+        sides = [phase[0] for phase in self.growth]
+        sound = all(len(p) == 3 and min(p) > 0 and p[0] >= 4 and p[0] & (p[0] - 1) == 0 for p in self.growth)
+        sound = sound and sides == sorted(set(sides))
+        self._require("growth", sound, "(side, steps, images) phases, sides ascending powers of two from 4")
+        empty_where_adversarial = not self.growth or self.curriculum != "single-stage"
+        self._require("growth", empty_where_adversarial, "empty when curriculum is 'single-stage'")
+        growing = sum(phase[1] for phase in self.growth)
+        self._require(
+            "stage1_steps", self.stage1_steps >= growing, f"at least the steps of growth ({growing})"
+        )
+        batches = [self.batch_size, *(phase[2] for phase in self.growth)]
+        for batch in batches:
+            divides = batch % self.poses_per_latent == 0
+            self._require("poses_per_latent", divides, f"a divisor of every batch size ({batch})")
+        enough = self.replay == 0 or self.replay >= max(batches)
+        self._require("replay", enough, f"0, or at least a batch ({max(batches)})")
+        self._require("replay_reuse", self.replay > 0 or self.replay_reuse == 1, "1 when replay is 0")
+
+    def _require(self, name: str, condition: bool, expected: str):
+        if not condition:
+            raise ValueError(f"TrainConfig: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def steps(self) -> int:
+        """Length of the whole run in steps."""
+        return self.stage1_steps + self.stage2_steps
+
+    def phase(self, step: int) -> Phase:
+        """The phase that a step is in."""
+        first = 0
+        for resolution, steps, batch_size in self.growth:
+            if step < first + steps:
+                return Phase(first, resolution, batch_size)
+            first += steps
+        return Phase(first, None, self.batch_size)
+
+    @property
+    def has_discriminator(self) -> bool:
+        """Whether any step of the run is adversarial."""
+        return self.steps > 0 and max(self.adversarial_weight(0), self.adversarial_weight(self.steps - 1)) > 0
+
+    def adversarial_weight(self, step: int) -> float:
+        """The curriculum: the factor in [0, 1] on lambda_adv at a step; at 0 no discriminator runs."""
+        if self.curriculum == "reconstruction-only" or self.lambda_adv == 0:
+            return 0.0
+        if self.curriculum == "single-stage":
+            return 1.0
+        if self.curriculum == "ramp":
+            # The first step of the ramp already has a weight, so that the discriminator runs from there.
+            return min(max((step - self.stage1_steps + 1) / self.ramp_steps, 0.0), 1.0)
+        return float(step >= self.stage1_steps)
+
+    def learning_rate(self, step: int) -> float:
+        """The student's learning rate at a step."""
+        adversarial = self.adversarial_weight(step) > 0
+        rate = self.lr_adversarial if adversarial else self.lr
+        if self.cooldown == "cosine":
+            second = step >= self.stage1_steps and self.curriculum in ("two-stage", "ramp")
+            if second:
+                done = (step - self.stage1_steps) / max(self.stage2_steps, 1)
+            else:
+                done = step / max(
+                    self.stage1_steps if self.curriculum in ("two-stage", "ramp") else self.steps, 1
+                )
+            rate *= 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return rate * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else rate
+
+    def save(self, path: str | Path):
+        """Write the resolved configuration as JSON."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Read what `save` wrote. ValueError names fields that do not exist."""
+        values = json.loads(Path(path).read_text())
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{path}: no such TrainConfig field: {', '.join(unknown)}")
+        return cls(**values)
+
+
+_paper = TrainConfig()
+
+PRESETS: dict[str, TrainConfig] = {
+    "ffhq512": dataclasses.replace(_paper, camera="ffhq512", r1_gamma=1.0),
+    "afhqcats512": dataclasses.replace(_paper, camera="afhqcats512", r1_gamma=5.0),
+    "shapenetcars128": dataclasses.replace(_paper, camera="shapenetcars128", r1_gamma=0.3),
+    # Numbers below are tuned on the toy teacher on two CPU cores; docs in README, "The demo".
+    "toy": dataclasses.replace(
+        _paper,
+        student="toy",
+        perceptual="none",
+        batch_size=8,
+        stage1_steps=600,
+        stage2_steps=100,
+        discriminator_channels=1024,
+        discriminator_channel_max=64,
+        grid_every=100,
+        checkpoint_every=200,
+    ),
+}
+"""Starting points; `dataclasses.replace(PRESETS['toy'], out=...)` makes a run of one."""

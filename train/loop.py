@@ -1,0 +1,270 @@
+"""The training loop: one visible function, `distil`, for every curriculum.
+
+A run's folder holds config.json, stats.jsonl (a line every log_every steps), grids/*.png (teacher row,
+student row), TensorBoard events, resume.pt (all it takes to go on exactly) and student.safetensors (the
+averaged student, what fastgen.load_student reads)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+import fastgen
+from fastgen import checkpoint, presets
+from fastgen.camera import CameraDistribution
+from fastgen.models.discriminator import DualDiscriminator
+from fastgen.models.student import Student
+
+from .config import TrainConfig
+from .data import ImageDataset, Poses, RealStream, TargetStream
+from .losses import discriminator_loss, generator_loss, make_perceptual, r1_penalty, reconstruction_terms
+from .metrics import psnr
+from .run import Grid, Log, StopSignals, read_checkpoint, set_random_state, write_checkpoint
+
+
+@dataclass
+class Run:
+    """What `distil` leaves behind."""
+
+    student: Student
+    """The averaged student, in eval mode."""
+    teacher: nn.Module
+    poses: Poses
+    out: Path
+    step: int
+    """Steps done."""
+    interrupted: bool
+    """Stopped by Ctrl-C or SIGTERM, after saving."""
+
+
+def distil(config: TrainConfig, teacher: nn.Module | None = None, progress: bool = True) -> Run:
+    """Train a student of a teacher.
+
+    `teacher` overrides config.teacher with a module of the same protocol (mapping, backbone_planes, render,
+    super_resolve). Writes to config.out; see the module's docstring.
+    Raises: ValueError or FileNotFoundError on a configuration that cannot run, before anything is written;
+      FloatingPointError naming the term on a loss that is not finite.
+    """
+    device = _device(config.device)
+    out = Path(config.out)
+    saved = read_checkpoint(out / "resume.pt", config)
+    dataset = None if config.reals == "teacher" else ImageDataset(config.reals)
+    perceptual = make_perceptual(config.perceptual, config.perceptual_weights)
+    if perceptual is not None:
+        perceptual = perceptual.to(device)
+    from_file = config.discriminator_from_teacher and teacher is None
+    if teacher is None:
+        teacher = fastgen.load_teacher(config.teacher)
+    teacher = teacher.to(device).eval().requires_grad_(False)
+    if dataset is not None and dataset.resolution != teacher.img_resolution:
+        raise ValueError(
+            f"reals: {config.reals} has images of {dataset.resolution} pixels, the teacher makes "
+            f"{teacher.img_resolution}"
+        )
+    poses = find_poses(config, teacher, dataset)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        student = Student.from_teacher(teacher, config.student, config.neural_rendering_resolution).to(device)
+        discriminator = (
+            _make_discriminator(config, teacher, from_file).to(device) if config.has_discriminator else None
+        )
+    average = copy.deepcopy(student).eval().requires_grad_(False)
+    student_optimiser = torch.optim.Adam(
+        [
+            {"params": list(student.renderer_parameters()), "scale": 1.0},
+            {"params": list(student.superresolution.parameters()), "scale": config.lr_superresolution},
+        ]
+    )
+    discriminator_optimiser = _discriminator_optimiser(config, discriminator) if discriminator else None
+    parts = {
+        "student": student,
+        "average": average,
+        "discriminator": discriminator,
+        "student_optimiser": student_optimiser,
+        "discriminator_optimiser": discriminator_optimiser,
+    }
+    parts = {name: part for name, part in parts.items() if part is not None}
+    step = saved_step = images = 0
+    if saved is not None:
+        step = saved_step = saved["step"]
+        images = saved["images"]
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        set_random_state(saved["random"])
+        del saved
+
+    targets = TargetStream(teacher, poses, config, device)
+    reals = RealStream(config, student.neural_rendering_resolution, dataset, device)
+    out.mkdir(parents=True, exist_ok=True)
+    config.save(out / "config.json")
+    grid = Grid(out / "grids", config, teacher, poses, device) if config.grid_every else None
+    log = Log(out, config, step)
+
+    def save():
+        state = {name: part.state_dict() for name, part in parts.items()}
+        write_checkpoint(out / "resume.pt", {**state, "step": step, "images": images}, config)
+        save_student(out / "student.safetensors", average, poses, teacher, config.teacher)
+
+    with StopSignals() as stop, log, _progress(progress) as bar:
+        task = bar.add_task("", total=config.steps, completed=step)
+        while step < config.steps and not stop.requested:
+            started = time.perf_counter()
+            adversarial = config.adversarial_weight(step)
+            for group in student_optimiser.param_groups:
+                group["lr"] = config.learning_rate(step) * group["scale"]
+                group["betas"] = config.betas_adversarial if adversarial else config.betas
+            target = targets.batch(step)
+            ws, c = target["ws"], target["c"]
+
+            # Student.
+            phase = config.phase(step)
+            fake = student.render(ws, c, resolution=phase.resolution)
+            if phase.resolution is None and (adversarial or step % config.hr_interval == 0):
+                fake["image"] = student.super_resolve(fake["feature_image"], ws)
+            terms = reconstruction_terms(fake, target, perceptual, config.smooth_l1_beta)
+            if adversarial:
+                discriminator.requires_grad_(False)
+                terms["adv"] = generator_loss(discriminator(fake, c))
+            weights = {name: getattr(config, f"lambda_{name}") for name in terms}
+            if adversarial:
+                weights["adv"] *= adversarial
+            loss = sum(weights[name] * term for name, term in terms.items())
+            student_optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            values = _finite({**terms, "loss": loss}, step)
+            student_optimiser.step()
+            images += len(ws)
+            _update_average(average, student, config, images, len(ws))
+            fake = {name: image.detach() for name, image in fake.items()}
+
+            # Discriminator.
+            if adversarial:
+                discriminator.requires_grad_(True)
+                real, real_c = reals.batch(step, target)
+                loss = discriminator_loss(discriminator(real, real_c), discriminator(fake, c))
+                terms = {"discriminator": loss}
+                if step % config.r1_interval == 0 and config.r1_gamma > 0:
+                    terms["r1"] = r1_penalty(discriminator, real, real_c)
+                    loss = loss + config.r1_gamma / 2 * config.r1_interval * terms["r1"]
+                discriminator_optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                values |= _finite(terms, step)
+                discriminator_optimiser.step()
+
+            step += 1
+            if step % config.log_every == 0 or step == config.steps:
+                values["raw_psnr_db"] = psnr(fake["image_raw"], target["image_raw"]).mean().item()
+                if "image" in fake:
+                    values["psnr_db"] = psnr(fake["image"], target["image"]).mean().item()
+                values |= {
+                    "adversarial_weight": adversarial,
+                    "learning_rate": config.learning_rate(step - 1),
+                    "images": images,
+                    "seconds_per_step": time.perf_counter() - started,
+                }
+                log.write(step, values)
+                stage = "reconstruction + adversarial" if adversarial else "reconstruction"
+                bar.update(task, description=f"{stage}, {values['raw_psnr_db']:.1f} dB")
+            if grid is not None and (step % config.grid_every == 0 or step == config.steps):
+                log.write(step, {"heldout_psnr_db": grid.save(step, average)})
+            if config.checkpoint_every and step % config.checkpoint_every == 0:
+                save()
+                saved_step = step
+            bar.update(task, completed=step)
+        if saved_step != step or not (out / "student.safetensors").exists():
+            save()
+    return Run(average, teacher, poses, out, step, interrupted=step < config.steps)
+
+
+def find_poses(config: TrainConfig, teacher: nn.Module, dataset: ImageDataset | None = None) -> Poses:
+    """The distribution of render poses that a configuration means (see TrainConfig.camera)."""
+    if config.camera != "auto":
+        return presets.get(config.camera).camera
+    if dataset is not None:
+        return dataset
+    if getattr(teacher, "camera", None) is None:
+        raise ValueError(
+            f"camera: the teacher's file names no poses; choose one of {', '.join(presets.PRESETS)}"
+        )
+    return teacher.camera
+
+
+def save_student(path: Path, student: Student, poses: Poses, teacher: nn.Module, name: str):
+    """Write a student for fastgen.load_student, with poses to render from and the teacher it comes from."""
+    source = checkpoint.TOY if name == "toy" else Path(name)
+    sha256 = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else None
+    # Labels are no distribution to render from later: then the teacher's own.
+    cameras = poses if isinstance(poses, CameraDistribution) else getattr(teacher, "camera", None)
+    header = {
+        "camera": cameras.as_dict() if cameras is not None else None,
+        "teacher": {"name": source.name if sha256 else name, "sha256": sha256},
+    }
+    checkpoint.save(path, "student", {"G": student}, header)
+
+
+def _make_discriminator(config: TrainConfig, teacher: nn.Module, from_file: bool) -> nn.Module:
+    found = fastgen.load_discriminator(config.teacher) if from_file else None
+    if found is not None:
+        return found.train()
+    return DualDiscriminator(
+        teacher.c_dim,
+        teacher.img_resolution,
+        channel_base=config.discriminator_channels,
+        channel_max=config.discriminator_channel_max,
+    )
+
+
+def _discriminator_optimiser(config: TrainConfig, discriminator: nn.Module) -> torch.optim.Adam:
+    # With R1 every r1_interval steps only, StyleGAN2 (Karras et al. 2020, appendix B) slows Adam by this
+    # ratio.
+    ratio = config.r1_interval / (config.r1_interval + 1)
+    betas = tuple(beta**ratio for beta in config.betas_adversarial)
+    return torch.optim.Adam(discriminator.parameters(), lr=config.lr_discriminator * ratio, betas=betas)
+
+
+@torch.no_grad()
+def _update_average(average: nn.Module, student: nn.Module, config: TrainConfig, images: int, batch: int):
+    """Move the averaged weights towards the student's; buffers are copied."""
+    half_life = min(config.ema_half_life, images * config.ema_rampup)
+    keep = 0.5 ** (batch / half_life) if half_life > 0 else 0.0
+    # The frozen mapping is the same in both.
+    pairs = [p for p in zip(average.parameters(), student.parameters(), strict=True) if p[1].requires_grad]
+    torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - keep)
+    for mean, now in zip(average.buffers(), student.buffers(), strict=True):
+        mean.copy_(now)
+
+
+def _finite(terms: dict[str, Tensor], step: int) -> dict[str, float]:
+    """The terms as numbers, in one transfer; FloatingPointError on the first that is not finite."""
+    values = dict(zip(terms, torch.stack([t.detach() for t in terms.values()]).tolist(), strict=True))
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"step {step}: the loss term {name} is {value}")
+    return values
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {name} was asked for, but torch sees no GPU")
+    return device
+
+
+def _progress(enabled: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not enabled)

@@ -1,0 +1,163 @@
+"""What a training run keeps besides its numbers: files, random state, and manners towards signals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastgen import pictures
+
+from .config import TrainConfig
+from .data import Poses, generator_for, render_targets
+from .metrics import psnr
+
+# Fields that may differ between a run and its continuation: they change no number of it.
+_FREE_ON_RESUME = (
+    "out",
+    "resume",
+    "log_every",
+    "grid_every",
+    "grid_images",
+    "checkpoint_every",
+    "tensorboard",
+)
+
+
+class StopSignals:
+    """Within its context the first Ctrl-C or SIGTERM only sets `requested`; a second one acts as usual."""
+
+    def __init__(self):
+        self.requested = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self):
+        # Only the main thread may install handlers; elsewhere the program keeps its own.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _stop(self, *_):
+        self.requested = True
+        self.__exit__()
+
+
+class Log:
+    """stats.jsonl and TensorBoard events. A resumed run first drops the lines past its checkpoint."""
+
+    def __init__(self, out: Path, config: TrainConfig, step: int):
+        path = out / "stats.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+        self._file = path.open("a")
+        self._board = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(out), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]):
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Grid:
+    """Sample grids: the teacher's images above the student's, at latents and poses unseen in training."""
+
+    def __init__(
+        self, folder: Path, config: TrainConfig, teacher: nn.Module, poses: Poses, device: torch.device
+    ):
+        generator = generator_for(config.seed, "grid")
+        z = torch.randn(config.grid_images, teacher.z_dim, generator=generator).to(device)
+        c = poses.sample(config.grid_images, generator).to(device)
+        with torch.no_grad():
+            ws = teacher.mapping(z, c)
+        # One by one: a full-size teacher's volume rendering is the largest thing in memory.
+        rows = [
+            render_targets(teacher, ws[i : i + 1], c[i : i + 1], config.neural_rendering_resolution)
+            for i in range(config.grid_images)
+        ]
+        self.target = {key: torch.cat([row[key] for row in rows]) for key in ("ws", "c", "image")}
+        self.folder = folder
+
+    @torch.no_grad()
+    def save(self, step: int, student: nn.Module) -> float:
+        """Write step_NNNNNN.png; returns the student's mean PSNR to the teacher on it, in dB."""
+        image = student.synthesis(self.target["ws"], self.target["c"])["image"]
+        rows = [pictures.pixels(self.target["image"]), pictures.pixels(image)]
+        sheet = pictures.sheet(rows, ["teacher", "student"], title=f"step {step}")
+        pictures.save_png(self.folder / f"step_{step:06d}.png", sheet)
+        return psnr(image, self.target["image"]).mean().item()
+
+
+def read_checkpoint(path: Path, config: TrainConfig) -> dict | None:
+    """The state to go on from, or None for a new run.
+
+    Raises: ValueError where `out` holds a run that config does not resume, or resumes with other numbers;
+      FileNotFoundError where there is nothing to resume.
+    """
+    if not config.resume:
+        if path.exists():
+            raise ValueError(f"out: {path.parent} holds a run; resume it, or choose another folder")
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"resume: no checkpoint to continue from: {path}")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    now = dataclasses.asdict(config)
+    for name, was in saved["config"].items():
+        if name not in _FREE_ON_RESUME and was != now[name]:
+            raise ValueError(f"resume: {name} was {was!r} in {path.parent}, now it is {now[name]!r}")
+    return saved
+
+
+def write_checkpoint(path: Path, state: dict, config: TrainConfig):
+    """Write the state and the random generators' whole or not at all: a crash must not cost the last one."""
+    part = path.with_suffix(".part")
+    torch.save({**state, "random": _random_state(), "config": dataclasses.asdict(config)}, part)
+    os.replace(part, path)
+
+
+def _random_state() -> dict:
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict):
+    """Put every global generator where write_checkpoint found it."""
+    torch.set_rng_state(state["torch"])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
