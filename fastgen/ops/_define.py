@@ -159,10 +159,11 @@ _choice = _check_choice(os.environ.get("FASTGEN_BACKEND") or "auto")
 # What arguments must be. Each raises a line that names op, argument, expectation and what came.
 
 
-def require(ok: bool, op: str, text: str) -> None:
-    """ValueError `op: text` unless ok. Write the text as `name must be ..., got ...`."""
+def require(ok: bool, op: str, text: str, *values) -> None:
+    """ValueError unless ok. The text is "name must be {}, got {}"; it is filled in only when needed."""
     if not ok:
-        raise ValueError(f"{op}: {text}")
+        values = [list(v) if isinstance(v, torch.Size) else v for v in values]
+        raise ValueError(f"{op}: {text.format(*values)}")
 
 
 def require_tensor(op: str, name: str, x, axes: str | Sequence[str] | None = None, dtypes=FLOATS) -> None:
@@ -199,7 +200,7 @@ def require_same_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def require_ints(op: str, name: str, value, counts: Sequence[int], at_least: int | None = None) -> list[int]:
-    """One int, or as many as one of the counts; returns as many as the last one, [x, y] or [x0, x1, y0, y1]."""
+    """One int, or as many as one of the counts; returns as many as the last: [x, y] or [x0, x1, y0, y1]."""
     values = [value] if isinstance(value, int) else value
     ints = isinstance(values, list | tuple) and all(isinstance(v, int) for v in values)
     if not ints or len(values) not in (1, *counts):

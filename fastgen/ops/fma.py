@@ -1,7 +1,30 @@
-"""Multiply-add."""
+"""Multiply and add in one pass."""
 
+import torch
 from torch import Tensor
+
+from ._define import define, require, require_same_device, require_tensor
+
+
+def fma_reference(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return torch.addcmul(c, a, b)
+
+
+_fma = define("fma(Tensor a, Tensor b, Tensor c) -> Tensor", reference=fma_reference)
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return a * b + c
+    """a * b + c with broadcasting, as torch's.
+
+    b and c in another dtype are converted to a's.
+    Returns:   the broadcast shape, dtype of a.
+    Raises:    ValueError on shapes and devices; TypeError on dtypes.
+    Precision: one rounding, in float32 or better; differentiable to any order.
+    """
+    for name, x in (("a", a), ("b", b), ("c", c)):
+        require_tensor("fma", name, x)
+    require_same_device("fma", a=a, b=b, c=c)
+    sizes = zip(*((1,) * (max(a.ndim, b.ndim, c.ndim) - x.ndim) + tuple(x.shape) for x in (a, b, c)), strict=True)
+    fits = all(len({n for n in size if n != 1}) < 2 for size in sizes)
+    require(fits, "fma", "a, b and c must broadcast, got {}, {} and {}", a.shape, b.shape, c.shape)
+    return _fma(a, b.to(a.dtype), c.to(a.dtype))

@@ -33,16 +33,11 @@ def setup_filter(
     """
     f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
     f = f.reshape(1) if f.ndim == 0 else f
-    require(
-        f.ndim <= 2 and f.numel() > 0,
-        "setup_filter",
-        f"f must be a number, a list [taps] or a table [fh, fw], got shape {list(f.shape)}",
-    )
+    text = "f must be a number, [taps] or [fh, fw], got shape {}"
+    require(f.ndim <= 2 and f.numel() > 0, "setup_filter", text, f.shape)
     if separable is None:
         separable = f.ndim == 1 and f.numel() >= 8
-    require(
-        f.ndim == 1 or not separable, "setup_filter", f"f must be [taps] to be separable, got {list(f.shape)}"
-    )
+    require(f.ndim == 1 or not separable, "setup_filter", "f must be [taps] to be separable, got {}", f.shape)
     if f.ndim == 1 and not separable:
         f = f.outer(f)
     if normalize:
@@ -230,7 +225,7 @@ def _checked(op, x, f, up, down, padding, flip_filter, gain, growth):
     require_tensor(op, "x", x, "N C H W")
     if f is not None:
         require_tensor(op, "f", f, ("taps", "fh fw"))
-        require(f.numel() > 0, op, f"f must have at least one tap, got shape {list(f.shape)}")
+        require(f.numel() > 0, op, "f must have at least one tap, got {}", f.shape)
         require_same_device(op, x=x, f=f)
         f = f.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     up = require_ints(op, "up", up, [2], at_least=1)
@@ -239,11 +234,8 @@ def _checked(op, x, f, up, down, padding, flip_filter, gain, growth):
     (h, w), (fh, fw) = x.shape[2:], _filter_size(f)
     grow_x, grow_y = growth(fw, up[0], down[0]), growth(fh, up[1], down[1])
     padding = [x0 + grow_x[0], x1 + grow_x[1], y0 + grow_y[0], y1 + grow_y[1]]
-    require(h > 0 and w > 0, op, f"x must have at least one row and one column, got shape {list(x.shape)}")
-    size = [h * up[1] + padding[2] + padding[3], w * up[0] + padding[0] + padding[1]]
-    require(
-        size[0] >= fh and size[1] >= fw,
-        op,
-        f"x, upsampled and padded, must be at least as large as f [{fh}, {fw}], got {size}",
-    )
+    require(h > 0 and w > 0, op, "x must have at least one row and one column, got {}", x.shape)
+    size = (h * up[1] + padding[2] + padding[3], w * up[0] + padding[0] + padding[1])
+    text = "x, upsampled and padded, must be at least as large as f ({} x {}), got {} x {}"
+    require(size[0] >= fh and size[1] >= fw, op, text, fh, fw, *size)
     return _upfirdn2d(x, f, up, down, padding, bool(flip_filter), float(gain))
