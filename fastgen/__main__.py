@@ -1,0 +1,378 @@
+"""The command line: `fastgen info | convert | render | train | demo`, or `python -m fastgen ...`.
+
+Wrong input ends in one line on stderr and exit code 2; FASTGEN_DEBUG=1 shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+import fastgen
+from fastgen.train.config import PRESETS, TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from .camera import CameraDistribution
+
+# So that --help shows what a value looks like.
+Int = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+Png = Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")]
+Mp4 = Annotated[Path | None, tyro.conf.arg(metavar="FILE.mp4")]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show versions, this machine, and which backend serves each op and why."""
+
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print everything as one JSON object."""
+
+    def run(self):
+        from . import info
+
+        found = info.collect()
+        if self.json:
+            print(json.dumps(found, indent=2))
+            return
+        for part in ("versions", "machine"):
+            rows = [[key.replace("_", " "), _shown(value)] for key, value in found[part].items()]
+            print(_table([part, ""], rows), end="\n\n")
+        rows = [[name, "yes" if b["usable"] else "no", b["why"]] for name, b in found["backends"].items()]
+        print(_table(["backend", "usable", "where, or why not"], rows), end="\n\n")
+        rows = []
+        for op, devices in found["ops"].items():
+            why = []
+            for device, by in devices.items():
+                unusable = by["why"] == found["backends"][device]["why"]
+                if by["backend"] == "reference":
+                    why.append(f"{device}: {'its library is not usable, see above' if unusable else by['why']}")
+            rows.append([op, *(by["backend"] for by in devices.values()), "; ".join(why)])
+        print(_table(["op", *(f"on {device}" for device in devices), "why the reference"], rows))
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn an original EG3D checkpoint (.pkl) into a .safetensors file, without running any code from it."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN.pkl")]
+    """The original pickle."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.safetensors")]
+    """The .safetensors file to write."""
+
+    def run(self):
+        from . import checkpoint, pictures
+
+        pictures.prepare(self.out, ".safetensors")
+        header = checkpoint.convert(self.source, self.out)
+        rows = []
+        for name, module in (("G", fastgen.load_teacher(self.out)), ("D", fastgen.load_discriminator(self.out))):
+            if module is not None:
+                size = f"{sum(p.numel() for p in module.parameters()):,} parameters"
+                rows.append([name, f"{header[name]['class']}, {module.img_resolution} x {module.img_resolution}, {size}"])
+        config = header["G"]["config"]
+        rows += [
+            ["neural rendering", f"{config['neural_rendering_resolution']} x {config['neural_rendering_resolution']}"],
+            ["super-resolution", config["superresolution"]],
+            ["plane axes", header["plane_axes"]],
+            ["source SHA-256", header["source_sha256"]],
+        ]
+        print(_table([str(self.out), header["kind"]], rows))
+
+
+@dataclass(frozen=True)
+class Render:
+    """Render latents of a teacher or a student: a labelled grid, a film of an orbit, or plain images."""
+
+    model: str
+    """'toy' (shipped), or a teacher's or student's .safetensors, or an original .pkl."""
+    seeds: str = "0-3"
+    """Latents, such as 0-3,7. A seed is the same latent everywhere."""
+    grid: Png = None
+    """Write this .png: one row for each seed, from several poses."""
+    orbit: Mp4 = None
+    """Write this .mp4: all seeds side by side, from a closed tour of poses."""
+    image: Png = None
+    """Write this .png: the front view of a seed, without labels. Of several seeds, NAME-SEED.png each."""
+    truncation: float = 1.0
+    """Truncation psi: 1 is the full variety, 0 the average image."""
+    poses: int = 5
+    """Poses in the grid, from one side to the other."""
+    frames: int = 120
+    """Frames of the film."""
+    fps: int = 30
+    """Frames per second of the film."""
+    camera: str = "auto"
+    """Where to look from: 'auto' (what the file says), or the name of a preset, such as ffhq512."""
+    device: str = "auto"
+    """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
+
+    def __post_init__(self):
+        parse_seeds(self.seeds)
+        for name in ("poses", "frames", "fps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not abs(self.truncation) <= 2:
+            raise ValueError(f"truncation must be in [-2, 2], got {self.truncation}")
+        if not (self.grid or self.orbit or self.image):
+            raise ValueError("nothing to write: give --grid, --orbit or --image")
+
+    def run(self):
+        import torch
+
+        from . import pictures
+
+        for path, suffix in ((self.grid, ".png"), (self.image, ".png"), (self.orbit, ".mp4")):
+            if path:
+                pictures.prepare(path, suffix)
+        device = find_device(self.device)
+        model = load_model(self.model).to(device)
+        cameras = find_cameras(model, self.camera)
+        seeds = parse_seeds(self.seeds)
+        with torch.inference_mode():
+            # The mapping sees the front pose throughout, so that the identity doesn't turn with the camera.
+            z, front = pictures.latents(seeds, model.z_dim).to(device), cameras.front().to(device)
+            ws = [model.mapping(z[i : i + 1], front, truncation_psi=self.truncation) for i in range(len(seeds))]
+            if self.image:
+                for seed, w in zip(seeds, ws, strict=True):
+                    path = self.image if len(seeds) == 1 else self.image.with_stem(f"{self.image.stem}-{seed}")
+                    pictures.save_png(path, pictures.pixels(next(pictures.views(model, w, front)))[0])
+                    print(path)
+            if self.grid:
+                c, columns = pictures.sweep(cameras, self.poses)
+                rows = [[pictures.pixels(view)[0] for view in pictures.views(model, w, c.to(device))] for w in ws]
+                names = [f"seed {seed}" for seed in seeds]
+                pictures.save_png(self.grid, pictures.sheet(rows, names, [columns], self._title()))
+                print(self.grid)
+            if self.orbit:
+                pictures.save_mp4(self.orbit, self._film(model, ws, seeds, cameras.orbit(self.frames).to(device)), self.fps)
+                print(self.orbit)
+
+    def _film(self, model, ws: list[torch.Tensor], seeds: list[int], c: torch.Tensor):
+        from . import pictures
+
+        def in_rows(items: list) -> list[list]:
+            return [items[i : i + 4] for i in range(0, len(items), 4)]
+
+        captions = in_rows([f"seed {seed}" for seed in seeds])
+        tracks = [pictures.views(model, w, c) for w in ws]
+        for views in pictures.progress(zip(*tracks, strict=True), len(c), "orbit"):
+            images = [pictures.pixels(view)[0] for view in views]
+            yield pictures.sheet(in_rows(images), captions=captions, title=self._title())
+
+    def _title(self) -> str:
+        psi = f", truncation {self.truncation:g}" if self.truncation != 1 else ""
+        return f"{Path(self.model).stem}{psi}"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Distil the toy teacher into a student, both stages, in minutes; measure, film and report."""
+
+    out: Path = Path("out/demo")
+    """Folder for report.md, side_by_side.png, orbit.mp4, curves.png, metrics.json, student.safetensors; what an
+    earlier demo left there is replaced."""
+    teacher: str = "toy"
+    """'toy' (shipped), or any small teacher's .safetensors or .pkl."""
+    minutes: float = 8.0
+    """Time budget. On a machine too slow for the full length, both stages are shortened alike to keep it."""
+    stage1_steps: Int = None
+    """Steps of stage 1, reconstruction only; None: the preset's, or fewer by the time budget."""
+    stage2_steps: Int = None
+    """Steps of stage 2, with the adversarial loss; None: likewise."""
+    images: int = 128
+    """Held-out images to measure on."""
+    frames: int = 120
+    """Frames of the film."""
+    perceptual_weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE.pth")] = None
+    """torchvision's vgg16 weights on disk, to report LPIPS; without, random VGG16 features, and so named."""
+    seed: int = 0
+    """Fixes everything drawn at random; with the numbers of steps, it fixes the student."""
+    device: str = "auto"
+    """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
+
+    def __post_init__(self):
+        for name in ("stage1_steps", "stage2_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("images", "frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.minutes > 0:
+            raise ValueError(f"minutes must be above 0, got {self.minutes}")
+
+    def run(self):
+        from .train import demo
+
+        demo.run(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+
+
+@dataclass(frozen=True)
+class Train(TrainConfig):
+    """Distil a teacher into a student: the full trainer. Ctrl-C saves; --resume goes on."""
+
+    preset: Literal[("auto", "paper", *PRESETS)] = "auto"
+    """Where the other options' defaults come from, --help shows them; 'auto': 'toy' for the toy teacher, else
+    'paper'."""
+
+    def run(self):
+        from . import pictures
+        from .train.loop import distil
+
+        if self.teacher != "toy" and not Path(self.teacher).is_file():
+            raise FileNotFoundError(f"{self.teacher}: no such checkpoint file")
+        pictures.prepare_folder(self.out)
+        config = TrainConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)})
+        run = distil(config)
+        print(f"{run.out / 'student.safetensors'}  step {run.step} of {config.steps}")
+        if run.interrupted:
+            print("stopped early; --resume goes on from here", file=sys.stderr)
+            sys.exit(130)
+
+
+COMMANDS = ("info", "convert", "render", "train", "demo")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = _parse(argv)
+    try:
+        if not isinstance(command, Info):
+            fastgen.keep_memory()
+        command.run()
+    except BrokenPipeError:
+        # The reader, such as `head`, has had enough; nothing more can be written, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return _complain(argv, "interrupted", 130)
+    except (OSError, ValueError, FloatingPointError) as error:
+        if os.environ.get("FASTGEN_DEBUG"):
+            raise
+        named = isinstance(error, OSError) and error.filename is not None and error.strerror
+        return _complain(argv, f"{error.filename}: {error.strerror}" if named else str(error))
+    return 0
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Numbers and ranges such as '0-3,7', each at most once."""
+    seeds = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last < 2**32:
+            raise ValueError(f"seeds must look like 0-3,7, got {text!r}")
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def find_device(name: str) -> torch.device:
+    """The device that an option names; ValueError if torch can't use it."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    index = int(name.partition(":")[2] or 0)
+    if name != "cpu" and index >= torch.cuda.device_count():
+        raise ValueError(f"device: {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs")
+    return torch.device(name)
+
+
+def load_model(path: str) -> torch.nn.Module:
+    """The teacher or the student of a file."""
+    from . import checkpoint
+
+    header, _ = checkpoint.read(path)
+    return fastgen.load_student(path) if header["kind"] == "student" else fastgen.load_teacher(path)
+
+
+def find_cameras(model: torch.nn.Module, name: str) -> CameraDistribution:
+    """Where to look at a model from."""
+    from . import presets
+
+    if name != "auto":
+        return presets.get(name).camera
+    if model.camera is None:
+        raise ValueError(f"the file doesn't say where to look from; give --camera {'|'.join(presets.PRESETS)}")
+    return model.camera
+
+
+def _preset(argv: list[str]) -> Train:
+    """The options of `fastgen train` before the command line changes them: those of its preset."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset", default="auto")
+    parser.add_argument("--teacher", default=TrainConfig.teacher)
+    with contextlib.suppress(argparse.ArgumentError):
+        given, _ = parser.parse_known_args(argv)
+        name = ("toy" if given.teacher == "toy" else "paper") if given.preset == "auto" else given.preset
+        if name in PRESETS:
+            return Train(**dataclasses.asdict(PRESETS[name]))
+    # 'paper', or an unknown name, which tyro refuses.
+    return Train()
+
+
+def _parse(argv: list[str]):
+    """The command of a command line. Exits, as argparse does, on --help and on wrong input."""
+    train = Annotated[Train, tyro.conf.subcommand("train", default=_preset(argv))]
+    said = io.StringIO()
+    try:
+        # tyro draws a box of several lines; what it says is told in one.
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                Info | Convert | Render | train | Demo, prog="fastgen", args=argv,
+                description="Fast 3D-aware image generation: run NeRF-GANs, and distil them into convolutions.",
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        sys.exit(_complain(argv, _one_line(said.getvalue())))
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box, without the box, the hints on help, and class names."""
+    title, *lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
+    lines = [re.sub(r"^│ | *│$", "", line) for line in lines[:-1]]
+    rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
+    what, more = " ".join(line.strip() for line in lines[:rule]), lines[rule:]
+    # Options are indented, and their descriptions more so.
+    if "Required options" in title:
+        what = "missing " + ", ".join(line.split()[0] for line in lines[:rule] if re.match(r" {4}\S", line))
+    meant = [line.split()[0] for line in more if line.startswith("    --") and "meant" in box]
+    what = re.sub(r"^Error parsing [A-Z]\w*: (TrainConfig: )?", "", what)
+    what += f"; perhaps you meant {' or '.join(dict.fromkeys(meant))}" if meant else ""
+    return what + "".join(f". {line}" for line in more if line.startswith("Available"))
+
+
+def _complain(argv: list[str], message: str, code: int = 2) -> int:
+    command = f" {argv[0]}" if argv and argv[0] in COMMANDS else ""
+    print(f"fastgen{command}: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _shown(value) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

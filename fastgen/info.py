@@ -1,0 +1,98 @@
+"""What is installed here, what machine this is, and which backend serves each op: `fastgen info`, and reports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from . import __version__, _backends
+
+
+def collect() -> dict:
+    """Everything as plain JSON values: versions, machine, backends, ops."""
+    return {"versions": versions(), "machine": machine(), "backends": backends(), "ops": served()}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions by name; None where something is not installed."""
+    return {
+        "fastgen": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": str(torch.backends.cudnn.version()) if torch.backends.cudnn.is_available() else None,
+        **{name: _installed(name) for name in ("triton", "torchvision", "safetensors")},
+    }
+
+
+def machine() -> dict[str, str | int | list[str]]:
+    """The processors, and how many threads torch uses."""
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [f"{gpu.name}, {gpu.total_memory >> 30} GiB, sm_{gpu.major}{gpu.minor}" for gpu in gpus],
+    }
+
+
+def backends() -> dict[str, dict[str, bool | str]]:
+    """Per backend: usable here or not, and where it is or why not."""
+    return {name: {"usable": usable, "why": why} for name, (usable, why) in _backends.status().items()}
+
+
+def served() -> dict[str, dict[str, dict[str, str]]]:
+    """Per op and device type: the backend that serves it, and why not a faster one."""
+    from . import ops  # noqa: F401  (registers them)
+
+    names = sorted(name.removeprefix("fastgen::") for name in torch._C._dispatch_get_all_op_names()
+                   if name.startswith("fastgen::") and "." not in name)
+    return {
+        name: {device: {"backend": backend, "why": why} for device, (backend, why) in _backends.served(name).items()}
+        for name in names
+    }
+
+
+def summary() -> str:
+    """Machine and versions in one line, to stand below a table."""
+    here, has = machine(), versions()
+    where = here["gpus"] or [f"{here['cpu']}, {here['cores']} cores"]
+    commit = f", commit {has['commit']}" if has["commit"] else ""
+    return f"{where[0]}; torch {has['torch']}, Python {has['python']}, fastgen {has['fastgen']}{commit}"
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this is, '+' if it has changes; None for an installed copy."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown CPU"
