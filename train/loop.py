@@ -43,14 +43,20 @@ class Run:
     step: int
     """Steps done."""
     interrupted: bool
-    """Stopped by Ctrl-C or SIGTERM, after saving."""
+    """Stopped by Ctrl-C, SIGTERM or the deadline, after saving."""
 
 
-def distil(config: TrainConfig, teacher: nn.Module | None = None, progress: bool = True) -> Run:
+def distil(
+    config: TrainConfig,
+    teacher: nn.Module | None = None,
+    progress: bool = True,
+    deadline: float = math.inf,
+) -> Run:
     """Train a student of a teacher.
 
     `teacher` overrides config.teacher with a module of the same protocol (mapping, backbone_planes, render,
-    super_resolve). Writes to config.out; see the module's docstring.
+    super_resolve). Past `deadline`, of time.monotonic(), it saves and stops. Writes to config.out; see the
+    module's docstring.
     Raises: ValueError or FileNotFoundError on a configuration that cannot run, before anything is written;
       FloatingPointError naming the term on a loss that is not finite.
     """
@@ -117,7 +123,7 @@ def distil(config: TrainConfig, teacher: nn.Module | None = None, progress: bool
 
     with StopSignals() as stop, log, _progress(progress) as bar:
         task = bar.add_task("", total=config.steps, completed=step)
-        while step < config.steps and not stop.requested:
+        while step < config.steps and not stop.requested and time.monotonic() < deadline:
             started = time.perf_counter()
             adversarial = config.adversarial_weight(step)
             for group in student_optimiser.param_groups:
