@@ -118,6 +118,7 @@ CONSTRUCTORS = {
     ("torch.storage", "_load_from_bytes"): _storage,
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy._core.multiarray", "scalar"): _scalar,
+    ("builtins", "set"): lambda items=(): set(items),
     ("torch", "Size"): lambda sizes=(): tuple(sizes),
 }
 RECORDS = re.compile(
@@ -171,7 +172,8 @@ def _state_dict(record, prefix: str = "") -> dict[str, Tensor]:
     if not isinstance(record, Record) or not isinstance(record.state, dict):
         raise CheckpointError(f"{prefix or 'the network'} is a {type(record).__name__}, expected a network")
     own = _entries(record.state.get("_parameters")) | _entries(record.state.get("_buffers"))
-    names = {prefix + str(k): v for k, v in own.items() if v is not None}
+    unsaved = record.state.get("_non_persistent_buffers_set") or ()
+    names = {prefix + str(k): v for k, v in own.items() if v is not None and k not in unsaved}
     strange = [k for k, v in names.items() if not isinstance(v, Tensor)]
     if strange:
         raise CheckpointError(f"{strange[0]} is a {type(names[strange[0]]).__name__}, expected a tensor")

@@ -72,7 +72,7 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, O, H/2, W/2]
         half = self.use_fp16 and x.device.type == "cuda"
-        x = x.to(torch.float16 if half else torch.float32)
+        x = x.to(torch.float16 if half else self.conv0.weight.dtype)
         if self.in_channels == 0:
             x = self.fromrgb(x)
         y = self.skip(x, gain=math.sqrt(0.5))
@@ -92,9 +92,9 @@ class MinibatchStdLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, C + 1, H, W]
         n, _, h, w = x.shape
         group = max(g for g in range(1, self.group_size + 1) if n % g == 0)
-        y = x.float().unflatten(0, (group, n // group))
+        y = x.unflatten(0, (group, n // group))
         std = (y.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=[1, 2, 3])
-        std = std.to(x.dtype).repeat(group).view(n, 1, 1, 1).expand(n, 1, h, w)
+        std = std.repeat(group).view(n, 1, 1, 1).expand(n, 1, h, w)
         return torch.cat([x, std], dim=1)
 
 
@@ -112,7 +112,7 @@ class DiscriminatorEpilogue(nn.Module):
         self.out = FullyConnectedLayer(channels, cmap_dim or 1)
 
     def forward(self, x: Tensor, cmap: Tensor | None) -> Tensor:  # [N, C, 4, 4], [N, cmap_dim] -> [N, 1]
-        x = self.conv(self.mbstd(x.float()))
+        x = self.conv(self.mbstd(x.to(self.fc.weight.dtype)))
         x = self.out(self.fc(x.flatten(1)))
         return x if cmap is None else (x * cmap).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
 

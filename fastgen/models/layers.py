@@ -124,10 +124,10 @@ class MappingNetwork(nn.Module):
         parts = []
         if self.z_dim > 0:
             require_shape("mapping", "z", z, (None, self.z_dim), "[N, z_dim]")
-            parts.append(second_moment_normalise(z.float()))
+            parts.append(second_moment_normalise(z.to(self.fc0.weight.dtype)))
         if self.c_dim > 0:
             require_shape("mapping", "c", c, (None, self.c_dim), "[N, c_dim]")
-            parts.append(second_moment_normalise(self.embed(c.float())))
+            parts.append(second_moment_normalise(self.embed(c.to(self.fc0.weight.dtype))))
         if len(parts) == 2 and z.shape[0] != c.shape[0]:
             raise ValueError(f"mapping: z and c must have one batch size, got {z.shape[0]} and {c.shape[0]}")
         x = torch.cat(parts, dim=1)
@@ -226,7 +226,7 @@ class SynthesisBlock(nn.Module):
     """One resolution of the 'skip' generator: (conv0,) conv1, and toRGB added to the upsampled image.
 
     in_channels 0: the first block, which starts from a learned constant. `up` False keeps the input's size.
-    use_fp16: computes in float16 where the input is on a GPU; the image is always summed in float32.
+    use_fp16: computes in float16 where the input is on a GPU; the image is summed in the weights' type.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class SynthesisBlock(nn.Module):
         ws: Tensor,  # [N, num_conv + num_torgb, w_dim]
         noise_mode: str = "random",
     ) -> tuple[Tensor, Tensor]:
-        """Returns: x [N, C, H, W] and img [N, img_channels, H, W] in float32, H = W = resolution."""
+        """Returns: x [N, C, H, W] and img [N, img_channels, H, W], H = W = resolution."""
         dtype = torch.float16 if self.use_fp16 and ws.device.type == "cuda" else ws.dtype
         w = ws.unbind(dim=1)
         if self.in_channels == 0:
@@ -319,7 +319,7 @@ class SynthesisNetwork(nn.Module):
     ) -> Tensor:
         """Returns: [N, img_channels, img_resolution, img_resolution], or the smaller sum at `resolution`."""
         require_shape("synthesis", "ws", ws, (None, self.num_ws, self.w_dim), "[N, num_ws, w_dim]")
-        ws = ws.float()
+        ws = ws.to(self.b4.const.dtype)
         x = img = None
         first = 0
         for res in self.block_resolutions:

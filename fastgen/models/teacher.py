@@ -185,7 +185,7 @@ class Teacher(nn.Module):
         """
         require_shape("Teacher.render", "c", c, (None, 25), "[N, 25]")
         size = neural_rendering_resolution or self.neural_rendering_resolution
-        origins, directions = camera.rays(c.float(), size)
+        origins, directions = camera.rays(c.to(planes.dtype), size)
         out = ops.render_triplane(
             planes, self.decoder.effective(), origins, directions, self.render_options, u_coarse, u_fine
         )

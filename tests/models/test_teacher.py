@@ -8,6 +8,7 @@ import torch
 
 import fastgen
 from fastgen import presets
+from fastgen.models.layers import SynthesisLayer, ToRGBLayer
 from fastgen.models.superresolution import SuperResolution
 from fastgen.models.teacher import Teacher
 
@@ -213,6 +214,27 @@ def test_compiles_whole(small, inputs):
             # The same operations, decomposed: they may round differently, and the second pass of the renderer
             # amplifies that.
             assert (compiled(ws, c)[name] - value).abs().max() <= 1e-3 * value.abs().max(), name
+
+
+def test_runs_in_double_precision(small, inputs):
+    z, c = inputs
+    exact = Teacher(**small.config).double()
+    exact.load_state_dict(small.state_dict())
+    for name, value in exact(z.double(), c.double()).items():
+        assert value.dtype == torch.float64
+        # Float32 through the ill-conditioned importance sampling, as above.
+        assert (small(z, c)[name] - value).abs().max() <= 1e-3 * value.abs().max(), name
+
+
+def test_layers_in_half_precision():
+    # What the float16 blocks run on a GPU.
+    layer, torgb = SynthesisLayer(8, 6, 16, 8, up=2, conv_clamp=256), ToRGBLayer(6, 3, 16, conv_clamp=256)
+    x, w = torch.randn(2, 8, 4, 4), torch.randn(2, 16)
+    half = layer(x.half(), w, "const")
+    assert half.dtype == torch.float16
+    for got, want in ((half, layer(x, w, "const")), (torgb(half, w), torgb(half.float(), w))):
+        # Weights, styles and products are each rounded to 11 bits, relative 5e-4.
+        assert (got - want).abs().max() <= 5e-3 * want.abs().max()
 
 
 @pytest.mark.parametrize("name, size", [("8X", 512), ("8XDC", 512), ("4X", 256), ("2X", 128)])
