@@ -61,7 +61,8 @@ def filtered_lrelu(
     size = [x.shape[3], x.shape[2]]
     padding = require_ints(op, "padding", padding, [2, 4])
     for name, value in (("up", up), ("down", down)):
-        require(isinstance(value, int) and value >= 1, op, name + " must be an int, at least 1, got {!r}", value)
+        text = name + " must be an int of at least 1, got {!r}"
+        require(isinstance(value, int) and value >= 1, op, text, value)
     if b is not None:
         require_tensor(op, "b", b, "C")
         require(b.shape[0] == x.shape[1], op, "b must have {} elements, got {}", x.shape[1], b.shape[0])

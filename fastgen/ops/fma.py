@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._define import define, require, require_same_device, require_tensor
+from ._define import define, require_same_device, require_tensor
 
 
 def fma_reference(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -24,7 +24,9 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     for name, x in (("a", a), ("b", b), ("c", c)):
         require_tensor("fma", name, x)
     require_same_device("fma", a=a, b=b, c=c)
-    sizes = zip(*((1,) * (max(a.ndim, b.ndim, c.ndim) - x.ndim) + tuple(x.shape) for x in (a, b, c)), strict=True)
-    fits = all(len({n for n in size if n != 1}) < 2 for size in sizes)
-    require(fits, "fma", "a, b and c must broadcast, got {}, {} and {}", a.shape, b.shape, c.shape)
+    try:
+        torch.broadcast_shapes(a.shape, b.shape, c.shape)
+    except RuntimeError:
+        shapes = [list(x.shape) for x in (a, b, c)]
+        raise ValueError("fma: a, b and c must broadcast, got {}, {} and {}".format(*shapes)) from None
     return _fma(a, b.to(a.dtype), c.to(a.dtype))
