@@ -218,6 +218,22 @@ class TrainConfig:
         """Length of the whole run in steps."""
         return self.stage1_steps + self.stage2_steps
 
+    def scaled(self, share: float) -> TrainConfig:
+        """The same run with every stage and phase shortened (or lengthened) to a share above 0 of its steps."""
+
+        def part(steps: int) -> int:
+            return math.ceil(steps * share)
+
+        growth = tuple((side, part(steps), images) for side, steps, images in self.growth)
+        rest = part(self.stage1_steps - sum(steps for _, steps, _ in self.growth))
+        return dataclasses.replace(
+            self,
+            growth=growth,
+            stage1_steps=sum(steps for _, steps, _ in growth) + rest,
+            stage2_steps=part(self.stage2_steps),
+            ramp_steps=part(self.ramp_steps),
+        )
+
     def phase(self, step: int) -> Phase:
         """The phase that a step is in."""
         first = 0
