@@ -114,14 +114,14 @@ def _build(path, header: dict, tensors: dict[str, Tensor], name: str) -> nn.Modu
         with torch.random.fork_rng(devices=[]):
             module = cls(**entry["config"])
         state = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
-        # A constant that only some of the original super-resolutions keep.
         result = module.load_state_dict(state, strict=False)
-    except (TypeError, ValueError, RuntimeError) as error:
+        module.camera = CameraDistribution(**header["camera"]) if header.get("camera") else None
+    except Exception as error:
         raise CheckpointError(f"{path}: refused: {name} does not fit {entry['class']}: {error}") from error
+    # A constant that only some of the original super-resolutions keep.
     wrong = {*result.missing_keys, *result.unexpected_keys} - {"superresolution.resample_filter"}
     if wrong:
         raise CheckpointError(f"{path}: refused: {name} has missing or unknown tensors: {sorted(wrong)[:5]}")
-    module.camera = CameraDistribution(**header["camera"]) if header.get("camera") else None
     return module.eval().requires_grad_(False)
 
 

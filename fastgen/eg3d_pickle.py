@@ -276,6 +276,8 @@ def from_pickle(data: bytes) -> tuple[dict, dict[str, Tensor]]:
             "source_sha256": hashlib.sha256(data).hexdigest(),
             "camera": _camera(config["rendering_kwargs"]),
         }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"its networks lack {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"its networks are incomplete ({type(error).__name__}: {error})") from error
     return header, tensors
