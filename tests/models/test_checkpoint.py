@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import fastgen
 from fastgen import checkpoint
 from fastgen.camera import CameraDistribution
-from fastgen.eg3d_pickle import CheckpointError, unpickle
+from fastgen.eg3d_pickle import CheckpointError, Network, Record, _plane_axes, unpickle
 from fastgen.models.discriminator import DualDiscriminator
 from fastgen.models.teacher import Teacher
 
@@ -205,6 +205,20 @@ def test_original_settings(original):
     assert config["superresolution"] == "SuperresolutionHybrid2X"
     assert config["rendering_kwargs"]["c_gen_conditioning_zero"] is True
     assert (config["mapping_layers"], config["channel_base"], config["channel_max"]) == (2, 1024, 16)
+
+
+@pytest.mark.parametrize(
+    "third, name", [([[0, 0, 1], [1, 0, 0], [0, 1, 0]], "eg3d"), ([[0, 0, 1], [0, 1, 0], [1, 0, 0]], "fixed")]
+)
+def test_plane_axes(third, name):
+    record, renderer = Network(), Record()
+    record.state = {"_modules": {"renderer": renderer}}
+    first, second = [[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+    renderer.state = {"plane_axes": torch.tensor([first, second, third], dtype=torch.float32)}
+    assert _plane_axes(record) == name
+    renderer.state["plane_axes"][0] *= 2
+    with pytest.raises(CheckpointError, match="plane axes .*expected those of 'eg3d' or 'fixed'"):
+        _plane_axes(record)
 
 
 def test_save_and_load(tmp_path, small_config):
