@@ -1,34 +1,69 @@
-"""Convolution with optional resampling, without ever convolving zeros.
+"""Convolution with up- or downsampling, without ever convolving an inserted or a dropped sample.
 
-On the infinite, zero-extended, upsampled grid the FIR filter and the convolution are both
-shift-invariant, so they commute. With padding >= 0 nothing is cropped before the last step, hence
+On the infinite grid, zeros outside, the FIR filter and the convolution are both shift-invariant: they
+commute. With padding >= 0 nothing is cropped before the last step, hence exactly
 
-    up:    conv_w(fir(zeros(x)))       = fir(conv_transpose(x, w, stride=up)),
-    down:  decimate(fir(conv_w(x)))    = conv_w(fir(x), stride=down),
+    up:    conv_w(fir(zeros inserted(x))) = fir(conv_transpose_w(x)),
+    down:  every d-th(fir(conv_w(x)))     = conv_w(fir(x)) with stride d,
 
-exactly. Only the window differs. `conv_transpose2d` returns the full convolution: relative to
-padding the upsampled image by (p0, p1) it holds kw - 1 - p0 columns too many on the left, and
-kw - 1 - p1 on the right less the up - 1 trailing zeros that it leaves out; hence the padding
-(p0 - (kw - 1), p1 - (kw - 1) + up - 1) of the filter that follows.
-A 1x1 convolution commutes with everything, cropping included.
+but for the window. conv_transpose2d returns the full convolution: next to padding the upsampled image by
+(p0, p1) it has kw - 1 - p0 columns too many on the left, and on the right kw - 1 - p1 less the up - 1 zeros
+after the last sample. So the filter that follows pads by (p0 - (kw - 1), p1 - (kw - 1) + up - 1).
+A 1x1 convolution commutes with everything, cropping included. What is left takes the long way.
 """
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._define import define, require, require_ints, require_same_device, require_tensor
 from .upfirdn2d import upfirdn2d
 
 
-def _four(padding) -> list[int]:
-    p = [padding] * 2 if isinstance(padding, int) else list(padding)
-    return [p[0], p[0], p[1], p[1]] if len(p) == 2 else p
+def conv2d_resample_reference(
+    x: Tensor,  # [N, C, H, W]
+    w: Tensor,  # [O, C / groups, kh, kw]
+    f: Tensor | None,  # [taps] or [fh, fw]
+    up: int,
+    down: int,
+    padding: list[int],  # [x0, x1, y0, y1], the filter's share included
+    groups: int,
+    flip_weight: bool,
+    flip_filter: bool,
+) -> Tensor:
+    """conv2d_resample of PyTorch's convolutions and upfirdn2d; differentiable to any order."""
+    kh, kw = w.shape[2:]
+    pointwise, crops = kh == kw == 1, min(padding) < 0
+    if up == down == 1:
+        return _convolve(x, w, padding, 1, groups, flip_weight)
+    if down == 1 and pointwise:
+        x = _convolve(x, w, [0] * 4, 1, groups, flip_weight)
+        return upfirdn2d(x, f, up, 1, padding, flip_filter, up**2)
+    if down == 1 and not crops:
+        x = _convolve_up(x, w, up, groups, flip_weight)
+        x0, x1, y0, y1 = padding
+        padding = [x0 - kw + 1, x1 - kw + up, y0 - kh + 1, y1 - kh + up]
+        return upfirdn2d(x, f, 1, 1, padding, flip_filter, up**2)
+    if up == 1 and pointwise:
+        x = upfirdn2d(x, f, 1, down, padding, flip_filter)
+        return _convolve(x, w, [0] * 4, 1, groups, flip_weight)
+    if up == 1 and not crops:
+        x = upfirdn2d(x, f, 1, 1, padding, flip_filter)
+        return _convolve(x, w, [0] * 4, down, groups, flip_weight)
+    x = upfirdn2d(x, f if up > 1 else None, up, 1, padding, flip_filter, up**2)
+    x = _convolve(x, w, [0] * 4, 1, groups, flip_weight)
+    return upfirdn2d(x, f, 1, down, 0, flip_filter) if down > 1 else x
 
 
-def _convolve(x: Tensor, w: Tensor, padding: list[int], stride: int, groups: int, flip_weight: bool) -> Tensor:
+def _convolve(
+    x: Tensor, w: Tensor, padding: list[int], stride: int, groups: int, flip_weight: bool
+) -> Tensor:
     if not flip_weight and w.shape[2:] != (1, 1):
         w = w.flip([2, 3])
     x0, x1, y0, y1 = padding
-    if x0 == x1 and y0 == y1 and x0 >= 0 and y0 >= 0:
+    if x0 == x1 >= 0 and y0 == y1 >= 0:
         return F.conv2d(x, w, stride=stride, padding=(y0, x0), groups=groups)
     return F.conv2d(F.pad(x, padding), w, stride=stride, groups=groups)
 
@@ -36,44 +71,97 @@ def _convolve(x: Tensor, w: Tensor, padding: list[int], stride: int, groups: int
 def _convolve_up(x: Tensor, w: Tensor, up: int, groups: int, flip_weight: bool) -> Tensor:
     if flip_weight:
         w = w.flip([2, 3])
-    if groups == 1:
-        w = w.transpose(0, 1)
-    else:
-        o, i, kh, kw = w.shape
-        w = w.reshape(groups, o // groups, i, kh, kw).transpose(1, 2).reshape(groups * i, o // groups, kh, kw)
+    # [O, I / groups, ...] to [I, O / groups, ...]
+    w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     return F.conv_transpose2d(x, w, stride=up, groups=groups)
 
 
-def conv2d_resample(
-    x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, down: int = 1, padding=0, groups: int = 1,
-    flip_weight: bool = True, flip_filter: bool = False,
-) -> Tensor:
-    kh, kw = w.shape[2:]
-    fh, fw = (1, 1) if f is None else (f.shape[0], f.shape[-1])
-    p = _four(padding)
-    if up > 1:
-        grow = ((fw + up - 1) // 2, (fw - up) // 2, (fh + up - 1) // 2, (fh - up) // 2)
-        p = [a + b for a, b in zip(p, grow)]
-    if down > 1:
-        grow = ((fw - down + 1) // 2, (fw - down) // 2, (fh - down + 1) // 2, (fh - down) // 2)
-        p = [a + b for a, b in zip(p, grow)]
-    pointwise = kh == kw == 1
+_conv2d_resample = define(
+    "conv2d_resample(Tensor x, Tensor w, Tensor? f, int up, int down, int[] padding, int groups,"
+    " bool flip_weight, bool flip_filter) -> Tensor",
+    reference=conv2d_resample_reference,
+)
 
-    if up == 1 and down == 1:
-        return _convolve(x, w, p, 1, groups, flip_weight)
-    if down == 1 and pointwise:
-        x = _convolve(x, w, [0] * 4, 1, groups, flip_weight)
-        return upfirdn2d(x, f, up=up, padding=p, gain=up**2, flip_filter=flip_filter)
-    if down == 1 and min(p) >= 0:
-        x = _convolve_up(x, w, up, groups, flip_weight)
-        p = [p[0] - kw + 1, p[1] - kw + up, p[2] - kh + 1, p[3] - kh + up]
-        return upfirdn2d(x, f, padding=p, gain=up**2, flip_filter=flip_filter)
-    if up == 1 and pointwise:
-        x = upfirdn2d(x, f, down=down, padding=p, flip_filter=flip_filter)
-        return _convolve(x, w, [0] * 4, 1, groups, flip_weight)
-    if up == 1 and min(p) >= 0:
-        x = upfirdn2d(x, f, padding=p, flip_filter=flip_filter)
-        return _convolve(x, w, [0] * 4, down, groups, flip_weight)
-    x = upfirdn2d(x, f if up > 1 else None, up=up, padding=p, gain=up**2, flip_filter=flip_filter)
-    x = _convolve(x, w, [0] * 4, 1, groups, flip_weight)
-    return upfirdn2d(x, f, down=down, flip_filter=flip_filter) if down > 1 else x
+
+def call_autocast(op: Callable, x: Tensor, w: Tensor, *args) -> Tensor:
+    """op(x, w, ...) as autocast would have it: x and w in its dtype, and nothing else touched."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return op(x, w.to(x.dtype), *args)
+    if x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return op(x, w.to(x.dtype), *args)
+
+
+def check_resample(op: str, x, w, f, up, down, padding, groups: int = 1, names=("w", "f")) -> list[int]:
+    """Check what a resampling convolution takes; returns padding [x0, x1, y0, y1], the filter's included."""
+    require_tensor(op, "x", x, "N C H W")
+    require_tensor(op, names[0], w, "O I kh kw")
+    require_same_device(op, x=x, **{names[0]: w})
+    for name, value in (("up", up), ("down", down), ("groups", groups)):
+        require(
+            isinstance(value, int) and value >= 1,
+            op,
+            "{} must be an int of at least 1, got {!r}",
+            name,
+            value,
+        )
+    require(
+        x.shape[1] == w.shape[1] * groups and w.shape[0] % groups == 0,
+        op,
+        "x must have groups * I = {} * {} channels and O={} be a multiple of groups, got C={}",
+        groups,
+        w.shape[1],
+        w.shape[0],
+        x.shape[1],
+    )
+    padding = require_ints(op, "padding", padding, [2, 4])
+    fh = fw = 1
+    if f is not None:
+        require_tensor(op, names[1], f, ("taps", "fh fw"))
+        require_same_device(op, x=x, **{names[1]: f})
+        fh, fw = f.shape[0], f.shape[-1]
+    for axis, taps in ((0, fw), (1, fh)):
+        before = (taps + up - 1) // 2 * (up > 1) + (taps - down + 1) // 2 * (down > 1)
+        after = (taps - up) // 2 * (up > 1) + (taps - down) // 2 * (down > 1)
+        padding[2 * axis] += before
+        padding[2 * axis + 1] += after
+    # Where both resample, the filter is applied twice.
+    twice = (up > 1) + (down > 1)
+    need = [w.shape[2] + twice * (fh - 1), w.shape[3] + twice * (fw - 1)]
+    size = [x.shape[2] * up + sum(padding[2:]), x.shape[3] * up + sum(padding[:2])]
+    require(
+        size[0] >= need[0] and size[1] >= need[1],
+        op,
+        "x, upsampled and padded, must be at least as large as filter and kernel together {}, got {}",
+        need,
+        size,
+    )
+    return padding
+
+
+def conv2d_resample(
+    x: Tensor,  # [N, C, H, W]
+    w: Tensor,  # [O, C / groups, kh, kw]
+    f: Tensor | None = None,  # [taps] (separable) or [fh, fw]; None is the identity
+    up: int = 1,
+    down: int = 1,
+    padding: int | list[int] = 0,  # or [x, y] or [x0, x1, y0, y1], of the upsampled image
+    groups: int = 1,
+    flip_weight: bool = True,
+    flip_filter: bool = False,
+) -> Tensor:
+    """Upsample with f, convolve with w, downsample with f.
+
+    upfirdn2d(x, f, up, padding, gain=up^2) if up > 1 -> convolution -> upfirdn2d(f, down) if down > 1, with
+    padding grown so that padding = k // 2 keeps the size times up / down. flip_weight=True correlates, as
+    torch's conv2d does; False convolves. w is taken in x's dtype, and both in autocast's.
+    Returns:   [N, O, (H up + y0 + y1 - kh + 1) / down, ...] in x's dtype; sizes round down after resampling.
+    Raises:    ValueError on shapes and values, TypeError on dtypes.
+    Precision: that of torch's convolution; differentiable in x and w to any order; not in f.
+    """
+    padding = check_resample("conv2d_resample", x, w, f, up, down, padding, groups)
+    return call_autocast(
+        _conv2d_resample, x, w, f, up, down, padding, groups, bool(flip_weight), bool(flip_filter)
+    )

@@ -1,28 +1,132 @@
-"""StyleGAN2's modulated convolution, with the modulation on the activations."""
+"""StyleGAN2's modulated convolution, with the modulation on the activations.
+
+    out[n,o] = sum_i,k weight[o,i,k] s[n,i] x[n,i] d[n,o],   d = rsqrt(sum_i s^2 (sum_k weight^2) + 1e-8)
+
+so s multiplies x, d multiplies the result, the weight is shared, and d costs a matrix product. For a single
+sample with more pixels than taps it is cheaper to fold s and d into the weight.
+
+In 16 bits x s weight may overflow before d brings it back. With a[o] and b[n] any positive numbers,
+
+    weight -> weight / a,  s -> s / b,  1e-8 -> 1e-8 / (a b)^2
+
+leaves the product with d unchanged, gradients too; so a and b are constants to autograd. With
+a = sqrt(I kh kw) max|weight[o]| and b = max|s[n]|, a sum is at most sqrt(I kh kw) max|x|.
+"""
 
 from torch import Tensor
 
+from ._define import define, require, require_same_device, require_shape, require_tensor, wide
 from .bias_act import bias_act
-from .conv2d_resample import conv2d_resample
+from .conv2d_resample import call_autocast, check_resample, conv2d_resample_reference
+from .fma import fma
+
+
+def modulated_conv2d_reference(
+    x: Tensor,  # [N, I, H, W]
+    weight: Tensor,  # [O, I, kh, kw]
+    styles: Tensor,  # [N, I]
+    noise: Tensor | None,  # broadcastable to the output
+    up: int,
+    down: int,
+    padding: list[int],  # [x0, x1, y0, y1], the filter's share included
+    resample_filter: Tensor | None,  # [taps] or [fh, fw]
+    demodulate: bool,
+    flip_weight: bool,
+    bias: Tensor | None,  # [O]
+    act: str,
+    alpha: float | None,
+    act_gain: float | None,
+    clamp: float | None,
+) -> Tensor:
+    """modulated_conv2d of differentiable ops."""
+    taps = weight[0].numel()
+    s, w, d, eps = wide(styles), wide(weight), None, 1e-8
+    if demodulate:
+        if x.dtype.itemsize == 2:
+            a = w.detach().abs().amax([1, 2, 3]).clamp(min=1e-8) * taps**0.5
+            b = s.detach().abs().amax(1).clamp(min=1e-8)
+            w, s = w / a[:, None, None, None], s / b[:, None]
+            eps = eps / (b[:, None] * a).square()
+        d = (s.square() @ w.square().sum([2, 3]).t() + eps).rsqrt()
+
+    resample = up, down, padding, 1, flip_weight, False
+    if x.shape[0] == 1 and taps * 2 <= x.shape[2] * x.shape[3] * up * up:
+        w = w * s[0, :, None, None]
+        w = w if d is None else w * d[0, :, None, None, None]
+        y, d = conv2d_resample_reference(x, w.to(x.dtype), resample_filter, *resample), None
+    else:
+        s = s.to(x.dtype)[:, :, None, None]
+        y = conv2d_resample_reference(x * s, w.to(x.dtype), resample_filter, *resample)
+
+    noise = None if noise is None else noise.to(y.dtype)
+    if d is not None:
+        d = d.to(y.dtype)[:, :, None, None]
+        y = y * d if noise is None else fma(y, d, noise)
+    elif noise is not None:
+        y = y + noise
+    if bias is None and act == "linear" and act_gain in (None, 1) and clamp is None:
+        return y
+    return bias_act(y, None if bias is None else bias.to(y.dtype), 1, act, alpha, act_gain, clamp)
+
+
+_modulated_conv2d = define(
+    "modulated_conv2d(Tensor x, Tensor weight, Tensor styles, Tensor? noise, int up, int down, int[] padding,"
+    " Tensor? resample_filter, bool demodulate, bool flip_weight, Tensor? bias, str act, float? alpha,"
+    " float? act_gain, float? clamp) -> Tensor",
+    reference=modulated_conv2d_reference,
+)
 
 
 def modulated_conv2d(
-    x: Tensor, weight: Tensor, styles: Tensor, noise: Tensor | None = None, up: int = 1, down: int = 1, padding=0,
-    resample_filter: Tensor | None = None, demodulate: bool = True, flip_weight: bool = True,
-    bias: Tensor | None = None, act: str = "linear", alpha=None, act_gain=None, clamp=None,
+    x: Tensor,  # [N, I, H, W]
+    weight: Tensor,  # [O, I, kh, kw]
+    styles: Tensor,  # [N, I]
+    noise: Tensor | None = None,  # broadcastable to the output
+    up: int = 1,
+    down: int = 1,
+    padding: int | list[int] = 0,  # as for conv2d_resample
+    resample_filter: Tensor | None = None,  # [taps] (separable) or [fh, fw]
+    demodulate: bool = True,
+    flip_weight: bool = True,
+    bias: Tensor | None = None,  # [O]
+    act: str = "linear",
+    alpha: float | None = None,
+    act_gain: float | None = None,
+    clamp: float | None = None,
 ) -> Tensor:
-    d = None
-    if demodulate:
-        energy = weight.float().square().sum([2, 3]) if weight.dtype.itemsize < 4 else weight.square().sum([2, 3])
-        d = (styles.to(energy.dtype).square() @ energy.t() + 1e-8).rsqrt().to(x.dtype)[:, :, None, None]
-    y = conv2d_resample(
-        x * styles.to(x.dtype)[:, :, None, None], weight.to(x.dtype), resample_filter, up, down, padding,
-        flip_weight=flip_weight,
+    """Scale channels by styles, convolve and resample, normalise, add noise and bias, activate.
+
+    y[n] = conv2d_resample(x[n] * styles[n], weight);  out = clamp(act(y d + noise + bias) * act_gain), with
+    d[n,o] = rsqrt(sum((weight[o] * styles[n])^2) + 1e-8) if demodulate else 1. act, alpha, act_gain and clamp
+    are those of bias_act. Everything is taken in x's dtype, and x in autocast's.
+    Returns:   [N, O, H', W'] as conv2d_resample.
+    Raises:    ValueError on shapes and values, TypeError on dtypes.
+    Precision: d in float32 (float64 for float64); 16-bit sums cannot overflow where demodulate is set;
+               twice differentiable in x, weight, styles, noise and bias.
+    Source:    Karras et al. 2020, "Analyzing and improving the image quality of StyleGAN", sec. 2.2.
+    """
+    op = "modulated_conv2d"
+    padding = check_resample(
+        op, x, weight, resample_filter, up, down, padding, names=("weight", "resample_filter")
     )
-    if d is not None:
-        y = y * d
+    require_shape(op, "styles", styles, [x.shape[0], x.shape[1]], "N I")
+    require_same_device(op, x=x, styles=styles, noise=noise, bias=bias)
+    if bias is not None:
+        require_shape(op, "bias", bias, [weight.shape[0]], "O")
     if noise is not None:
-        y = y + noise.to(y.dtype)
-    if bias is None and act == "linear" and act_gain is None and clamp is None:
-        return y
-    return bias_act(y, None if bias is None else bias.to(y.dtype), 1, act, alpha, act_gain, clamp)
+        require_tensor(op, "noise", noise)
+        fh, fw = (1, 1) if resample_filter is None else (resample_filter.shape[0], resample_filter.shape[-1])
+        shape = [x.shape[0], weight.shape[0]]
+        for size, pad, k, f in (
+            (x.shape[2], padding[2:], weight.shape[2], fh),
+            (x.shape[3], padding[:2], weight.shape[3], fw),
+        ):
+            shape.append((size * up + sum(pad) - (f - 1) * ((up > 1) + (down > 1)) - k) // down + 1)
+        fits = noise.ndim <= 4 and all(
+            n in (1, m) for n, m in zip(reversed(noise.shape), reversed(shape), strict=False)
+        )
+        require(fits, op, "noise must be broadcastable to the output {}, got {}", shape, noise.shape)
+    return call_autocast(
+        _modulated_conv2d, x, weight, styles, noise, up, down, padding, resample_filter, bool(demodulate),
+        bool(flip_weight), bias, act, alpha, act_gain, clamp,
+    )  # fmt: skip

@@ -1,38 +1,85 @@
-"""Bilinear samples from three planes."""
+"""Bilinear samples of three axis-aligned feature planes.
+
+Plane p with axes e0, e1, e2 (rows of E) sees a point v at column and row (a, b) of v = a e0 + b e1 + c e2, so
+(a, b) are the first two of v E^-1; times 2 / box_warp, -1 and 1 are the plane's outer edges. The three maps
+are one 6 x 3 matrix, passed as numbers: the named axes only select coordinates.
+"""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_AXES = {"eg3d": (0, 1, 0, 2, 2, 0), "fixed": (0, 1, 0, 2, 2, 1)}
+from ._define import define, require, require_same_device, require_shape, wide
+from .grid_sample import grid_sample
+
+AXES = {"eg3d": (0, 1, 0, 2, 2, 0), "fixed": (0, 1, 0, 2, 2, 1)}
 
 
-def projection(plane_axes, box_warp: float) -> list[float]:
-    """Rows of the 6x3 matrix that maps a world point to (column, row) of planes 0, 1, 2, in [-1, 1]."""
+def projection(op: str, plane_axes: str | Tensor, box_warp: float) -> list[float]:
+    """The rows of the matrix from world points to column and row of planes 0, 1 and 2."""
+    require(
+        isinstance(box_warp, int | float) and box_warp > 0,
+        op,
+        "box_warp must be positive, got {!r}",
+        box_warp,
+    )
     scale = 2 / box_warp
-    if isinstance(plane_axes, str):
-        return [scale * (axis == k) for axis in _AXES[plane_axes] for k in range(3)]
-    inverse = torch.linalg.inv(torch.as_tensor(plane_axes, dtype=torch.float64))
-    return (scale * inverse[:, :, :2].transpose(1, 2)).flatten().tolist()
+    if isinstance(plane_axes, Tensor):
+        require_shape(op, "plane_axes", plane_axes, [3, 3, 3], "3 3 3")
+        inverse, info = torch.linalg.inv_ex(plane_axes.detach().double().cpu())
+        require(not info.any(), op, "plane_axes must be invertible, got {}", plane_axes.tolist())
+        return (scale * inverse[:, :, :2].transpose(1, 2)).flatten().tolist()
+    named = isinstance(plane_axes, str) and plane_axes in AXES
+    require(named, op, "plane_axes must be 'eg3d', 'fixed' or a tensor [3, 3, 3], got {!r}", plane_axes)
+    return [scale * (axis == k) for axis in AXES[plane_axes] for k in range(3)]
 
 
-def project(coordinates: Tensor, matrix: list[float]) -> Tensor:
-    """World points [..., 3] to plane coordinates [..., 6]; elementwise, so that no TF32 or autocast touches them."""
+def project(points: Tensor, matrix: list[float]) -> Tensor:
+    """World points [..., 3] to columns and rows [..., 6]; products that TF32 and autocast leave alone."""
     rows = []
-    for r in range(6):
-        terms = [coordinates[..., k] * a for k, a in enumerate(matrix[3 * r : 3 * r + 3]) if a != 0]
-        rows.append(sum(terms[1:], terms[0]) if terms else torch.zeros_like(coordinates[..., 0]))
+    for r in range(0, 18, 3):
+        terms = [points[..., k] * matrix[r + k] for k in range(3) if matrix[r + k] != 0]
+        rows.append(sum(terms[1:], terms[0]))
     return torch.stack(rows, -1)
 
 
-def sample_triplane(
-    planes: Tensor, coordinates: Tensor, box_warp: float = 1.0, plane_axes="eg3d", reduce: str | None = None
+def sample_triplane_reference(
+    planes: Tensor,  # [N, 3, C, H, W]
+    coordinates: Tensor,  # [N, M, 3]
+    projection: list[float],  # 6 x 3
+    mean: bool,
 ) -> Tensor:
-    n, p, c, h, w = planes.shape
-    m = coordinates.shape[1]
-    grid = project(coordinates, projection(plane_axes, box_warp)).view(n, m, 3, 2).transpose(1, 2)
-    out = F.grid_sample(
-        planes.reshape(n * p, c, h, w), grid.reshape(n * p, 1, m, 2).to(planes.dtype), padding_mode="zeros",
-        align_corners=False,
-    ).view(n, p, c, m).transpose(2, 3)
-    return out.mean(1) if reduce == "mean" else out
+    """sample_triplane of differentiable ops."""
+    grid = project(coordinates, projection).unflatten(-1, (3, 2)).transpose(1, 2)
+    out = grid_sample(planes.flatten(0, 1), grid.flatten(0, 1)[:, None]).unflatten(0, (-1, 3))
+    out = out.squeeze(3).transpose(2, 3)
+    return wide(out).mean(1).to(planes.dtype) if mean else out
+
+
+_sample_triplane = define(
+    "sample_triplane(Tensor planes, Tensor coordinates, float[] projection, bool mean) -> Tensor",
+    reference=sample_triplane_reference,
+)
+
+
+def sample_triplane(
+    planes: Tensor,  # [N, 3, C, H, W]
+    coordinates: Tensor,  # [N, M, 3], world units
+    box_warp: float = 1.0,  # side of the cube that the planes cover, world units
+    plane_axes: str | Tensor = "eg3d",  # 'eg3d', 'fixed', or axes [3 planes, 3 axes, 3]
+    reduce: str | None = None,  # None or 'mean', over planes
+) -> Tensor:
+    """Features of points: each plane sampled bilinearly where the point projects to, zero outside.
+
+    The first axis of a plane runs along its columns, the second along its rows. 'eg3d' is (x, y), (x, z),
+    (z, x), as the released EG3D checkpoints have it, 'fixed' (x, y), (x, z), (z, y).
+    Returns:   [N, 3, M, C], or [N, M, C] for the mean over planes, dtype of planes.
+    Raises:    ValueError on shapes and values, TypeError on dtypes.
+    Precision: computes in float32 (float64 for float64); differentiable twice in planes and coordinates.
+    Source:    Chan et al. 2022, sec. 3.2.
+    """
+    op = "sample_triplane"
+    require_shape(op, "planes", planes, [None, 3, None, None, None], "N 3 C H W")
+    require_shape(op, "coordinates", coordinates, [planes.shape[0], None, 3], "N M 3")
+    require_same_device(op, planes=planes, coordinates=coordinates)
+    require(reduce in (None, "mean"), op, "reduce must be None or 'mean', got {!r}", reduce)
+    return _sample_triplane(planes, coordinates, projection(op, plane_axes, box_warp), reduce == "mean")
