@@ -64,7 +64,9 @@ def cuda_version():
     if not release:
         raise RuntimeError(f"{nvcc_of(CUDA_HOME)} does not run")
     if release[1] != torch.version.cuda.split(".")[0]:
-        raise RuntimeError(f"nvcc is CUDA {release[1]}.{release[2]}, torch was built for {torch.version.cuda}")
+        raise RuntimeError(
+            f"nvcc is CUDA {release[1]}.{release[2]}, torch was built for {torch.version.cuda}"
+        )
     return int(release[1]), int(release[2])
 
 

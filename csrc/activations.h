@@ -19,20 +19,33 @@ inline Activation activation_of(const std::string& name) {
 
 namespace math {
 
-FASTGEN_INLINE double exp(double x) { return ::exp(x); }
-FASTGEN_INLINE double expm1_of_negative(double x) { return ::expm1(x); }
-FASTGEN_INLINE double log1p_of_fraction(double x) { return ::log1p(x); }
+FASTGEN_INLINE double exp(double x) {
+  return ::exp(x);
+}
+FASTGEN_INLINE double expm1_of_negative(double x) {
+  return ::expm1(x);
+}
+FASTGEN_INLINE double log1p_of_fraction(double x) {
+  return ::log1p(x);
+}
 
-#ifdef __CUDA_ARCH__
+#ifdef __CUDACC__
 
-FASTGEN_INLINE float exp(float x) { return ::expf(x); }
-FASTGEN_INLINE float expm1_of_negative(float x) { return ::expm1f(x); }
-FASTGEN_INLINE float log1p_of_fraction(float x) { return ::log1pf(x); }
+FASTGEN_INLINE float exp(float x) {
+  return ::expf(x);
+}
+FASTGEN_INLINE float expm1_of_negative(float x) {
+  return ::expm1f(x);
+}
+FASTGEN_INLINE float log1p_of_fraction(float x) {
+  return ::log1pf(x);
+}
 
 #else
 
-// Straight-line code that the compiler turns into vectors, good to about 2 ulp; NaN goes through. x = n ln 2 + r
-// with |r| <= ln 2 / 2; 2^n is made in two halves, so that the ends of the range overflow and underflow right.
+// Straight-line code that the compiler turns into vectors, good to about 2 ulp; NaN goes through. x = n ln 2
+// + r with |r| <= ln 2 / 2; 2^n is made in two halves, so that the ends of the range overflow and underflow
+// right.
 struct Reduced {
   float r, scale1, scale2;
 };
@@ -169,8 +182,8 @@ FASTGEN_INLINE T second_derivative(T v, T alpha) {
   return T(0);  // linear, relu, lrelu
 }
 
-// order 0: clamp(f(v) gain); 1: its derivative times g; 2: its second derivative times g. clamp < 0 means none;
-// a value on the bound counts as not clamped.
+// order 0: clamp(f(v) gain); 1: its derivative times g; 2: its second derivative times g. clamp < 0 means
+// none; a value on the bound counts as not clamped.
 template <Activation A, int order, class T>
 FASTGEN_INLINE T activate(T v, T g, T alpha, T gain, T clamp) {
   const T y = value<A>(v, alpha) * gain;

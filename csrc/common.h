@@ -115,12 +115,15 @@ std::vector<T> host_vector(const char* op, const Tensor& x) {
   Tensor contiguous = torch::stable::contiguous(x);
   dispatch(op, x.scalar_type(), [&](auto zero) {
     const auto* from = data<decltype(zero)>(contiguous);
-    std::transform(from, from + values.size(), values.begin(), [](auto value) { return static_cast<T>(value); });
+    std::transform(from, from + values.size(), values.begin(),
+                   [](auto value) { return static_cast<T>(value); });
   });
   return values;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Splits [0, count) over the threads. `cost` is the number of elements that one step touches.
 template <class Body>

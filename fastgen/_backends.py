@@ -46,7 +46,9 @@ def _load_library(backend: str):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{error} (this is torch {torch.__version__}, CUDA {torch.version.cuda})") from error
+        raise ImportError(
+            f"{error} (this is torch {torch.__version__}, CUDA {torch.version.cuda})"
+        ) from error
 
 
 def _torch_version() -> tuple[int, ...]:
@@ -91,15 +93,18 @@ def _triton_status() -> tuple[bool, str]:
 
 def served(op: str) -> dict[str, tuple[str, str]]:
     """Per device type: the backend that serves `op` by default, and why not a faster one."""
+    registered = torch._C._dispatch_dump(f"fastgen::{op}")
     answer = {}
-    for device in ("cpu", "cuda"):
-        usable, reason = status()[device]
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{op}", device.upper()):
+    for device, (usable, reason) in status().items():
+        if device not in ("cpu", "cuda"):
+            continue
+        kernel = re.search(rf"^{device.upper()}: registered at (.*)", registered, re.MULTILINE)
+        if kernel is None:
             answer[device] = ("reference", "no kernel for this op" if usable else reason)
-        elif device in _libraries and op in _libraries[device].ops.split():
-            answer[device] = (device, reason if usable else f"but {reason}")
+        elif "csrc" in kernel[1]:
+            answer[device] = (device, "" if usable else reason)
         else:
-            answer[device] = ("triton", reason)
+            answer[device] = ("triton", "" if usable else reason)
     return answer
 
 

@@ -1,5 +1,5 @@
-// bias_act and its first two derivatives. Any dense layout: the channel of the element at memory position i is
-// (i / inner) % channels, where inner is the stride of the channel dimension.
+// bias_act and its first two derivatives. Any dense layout: the channel of the element at memory position i
+// is (i / inner) % channels, where inner is the stride of the channel dimension.
 #include "activations.h"
 
 namespace fastgen {
@@ -29,8 +29,10 @@ FASTGEN_INLINE const T* load(const S* x, T* buffer, int64_t n) {
 
 template <Activation A, int order, class T>
 FASTGEN_INLINE void map(const T* v, const T* g, T* out, int64_t n, const Job& job) {
-  const T alpha = static_cast<T>(job.alpha), gain = static_cast<T>(job.gain), clamp = static_cast<T>(job.clamp);
-  for (int64_t i = 0; i < n; ++i) out[i] = activate<A, order, T>(v[i], order ? g[i] : T(0), alpha, gain, clamp);
+  const T alpha = static_cast<T>(job.alpha), gain = static_cast<T>(job.gain),
+          clamp = static_cast<T>(job.clamp);
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = activate<A, order, T>(v[i], order ? g[i] : T(0), alpha, gain, clamp);
 }
 
 template <int order, class T>
@@ -105,18 +107,34 @@ FASTGEN_INLINE void run(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-FASTGEN_SIMD void run_float(const Job& job, int64_t begin, int64_t end) { run<float>(job, begin, end); }
-FASTGEN_SIMD void run_double(const Job& job, int64_t begin, int64_t end) { run<double>(job, begin, end); }
-FASTGEN_SIMD void run_bfloat16(const Job& job, int64_t begin, int64_t end) { run<BFloat16>(job, begin, end); }
-FASTGEN_SIMD void run_half(const Job& job, int64_t begin, int64_t end) { run<Half>(job, begin, end); }
+FASTGEN_SIMD void run_float(const Job& job, int64_t begin, int64_t end) {
+  run<float>(job, begin, end);
+}
+FASTGEN_SIMD void run_double(const Job& job, int64_t begin, int64_t end) {
+  run<double>(job, begin, end);
+}
+FASTGEN_SIMD void run_bfloat16(const Job& job, int64_t begin, int64_t end) {
+  run<BFloat16>(job, begin, end);
+}
+FASTGEN_SIMD void run_half(const Job& job, int64_t begin, int64_t end) {
+  run<Half>(job, begin, end);
+}
 
-void run(float, const Job& job, int64_t begin, int64_t end) { run_float(job, begin, end); }
-void run(double, const Job& job, int64_t begin, int64_t end) { run_double(job, begin, end); }
-void run(BFloat16, const Job& job, int64_t begin, int64_t end) { run_bfloat16(job, begin, end); }
-void run(Half, const Job& job, int64_t begin, int64_t end) { run_half(job, begin, end); }
+void run(float, const Job& job, int64_t begin, int64_t end) {
+  run_float(job, begin, end);
+}
+void run(double, const Job& job, int64_t begin, int64_t end) {
+  run_double(job, begin, end);
+}
+void run(BFloat16, const Job& job, int64_t begin, int64_t end) {
+  run_bfloat16(job, begin, end);
+}
+void run(Half, const Job& job, int64_t begin, int64_t end) {
+  run_half(job, begin, end);
+}
 
-Tensor apply(const Tensor* ddx, const Tensor* dy, const Tensor& x, const std::optional<Tensor>& b, int64_t dim,
-             const std::string& act, double alpha, double gain, double clamp) {
+Tensor apply(const Tensor* ddx, const Tensor* dy, const Tensor& x, const std::optional<Tensor>& b,
+             int64_t dim, const std::string& act, double alpha, double gain, double clamp) {
   Tensor out = torch::stable::empty_like(x);
   const int64_t count = x.numel();
   if (!count) return out;

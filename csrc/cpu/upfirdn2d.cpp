@@ -1,7 +1,8 @@
-// upfirdn2d. An axis has up / gcd(up, down) phases: the outputs of one phase see the same taps, and their inputs
-// are `step` apart, so neither inserted zeros nor dropped outputs cost anything. An output row is made at once:
-// the weighted input rows are summed into a padded row (a separable filter needs one, any other filter one per
-// filter row), and the taps along x run over that. In memory [N, H, W, C] the innermost loop is over channels.
+// upfirdn2d. An axis has up / gcd(up, down) phases: the outputs of one phase see the same taps, and their
+// inputs are `step` apart, so neither inserted zeros nor dropped outputs cost anything. An output row is made
+// at once: the weighted input rows are summed into a padded row (a separable filter needs one, any other
+// filter one per filter row), and the taps along x run over that. In memory [N, H, W, C] the innermost loop
+// is over channels.
 #include <cmath>
 #include <numeric>
 
@@ -61,7 +62,8 @@ Filter<T> read_filter(const std::optional<Tensor>& f, bool flip, double gain) {
     y.resize(rows);
     for (int64_t i = 0; i < rows; ++i) y[i] = largest != 0 ? taps[i * columns + top % columns] / largest : 0;
     separable = true;
-    const double tolerance = f->scalar_type() == ScalarType::Double ? 1e-16 : 6e-8;  // half a unit of rounding
+    const double tolerance =
+        f->scalar_type() == ScalarType::Double ? 1e-16 : 6e-8;  // half a unit of rounding
     for (int64_t i = 0; i < rows * columns; ++i) {
       separable &= std::abs(taps[i] - y[i / columns] * x[i % columns]) <= tolerance * std::abs(largest);
     }
@@ -107,7 +109,8 @@ FASTGEN_INLINE void sum_rows(const S* const* rows, const T* weights, int64_t cou
   for (int64_t k = 4; k < count; ++k) sum_some_rows<1, true>(rows + k, weights + k, to, n);
 }
 
-// to[m] (+)= sum over taps k of weights[k * stride] * from[m * step + k]; `count` and `fixed_step` 0: not known
+// to[m] (+)= sum over taps k of weights[k * stride] * from[m * step + k]; `count` and `fixed_step` 0: not
+// known
 template <int count, int fixed_step, bool add, class T>
 FASTGEN_INLINE void slide(const T* from, const T* weights, int64_t stride, int64_t step, T* __restrict__ to,
                           int64_t n) {
@@ -121,20 +124,22 @@ FASTGEN_INLINE void slide(const T* from, const T* weights, int64_t stride, int64
 }
 
 template <int step_, class T>
-FASTGEN_INLINE void slide_any(const T* from, const T* weights, int64_t count, int64_t stride, int64_t step, bool add,
-                              T* to, int64_t n) {
+FASTGEN_INLINE void slide_any(const T* from, const T* weights, int64_t count, int64_t stride, int64_t step,
+                              bool add, T* to, int64_t n) {
   if (!add && count == 2) return slide<2, step_, false>(from, weights, stride, step, to, n);
   if (!add && count == 4) return slide<4, step_, false>(from, weights, stride, step, to, n);
   if (!add) std::fill(to, to + n, T(0));
   for (; count >= 4; count -= 4, from += 4, weights += 4 * stride) {
     slide<4, step_, true>(from, weights, stride, step, to, n);
   }
-  for (; count > 0; --count, ++from, weights += stride) slide<1, step_, true>(from, weights, stride, step, to, n);
+  for (; count > 0; --count, ++from, weights += stride)
+    slide<1, step_, true>(from, weights, stride, step, to, n);
 }
 
 // to[c] = sum over taps k of weights[k * stride] * from[k * channels + c]
 template <int count, bool add, class T>
-FASTGEN_INLINE void mix(const T* from, const T* weights, int64_t stride, int64_t channels, T* __restrict__ to) {
+FASTGEN_INLINE void mix(const T* from, const T* weights, int64_t stride, int64_t channels,
+                        T* __restrict__ to) {
   for (int64_t c = 0; c < channels; ++c) {
     T sum = add ? to[c] : T(0);
     for (int k = 0; k < count; ++k) sum += weights[k * stride] * from[k * channels + c];
@@ -172,7 +177,8 @@ FASTGEN_INLINE void run(const Job& job, int64_t begin, int64_t end) {
   }
   const int64_t row = (lead + length) * channels;
   std::vector<T> padded(row * (separable ? 1 : filter.rows), T(0));
-  std::vector<T> result(channels == 1 ? phases * ax.outputs(0) : channels);  // phase after phase; or one pixel
+  std::vector<T> result(channels == 1 ? phases * ax.outputs(0)
+                                      : channels);  // phase after phase; or one pixel
   std::vector<const S*> rows(filter.rows);
   std::vector<T> weights(filter.rows);
   std::vector<const T*> taps(filter.rows);  // the filter row that belongs to each padded row
@@ -247,8 +253,8 @@ FASTGEN_INLINE void run(const Job& job, int64_t begin, int64_t end) {
         if constexpr (std::is_same_v<S, T>) to = out;
         if (!count) std::fill(to, to + channels, T(0));
         for (int64_t k = 0; k < count; ++k) {
-          mix_any(padded.data() + k * row + left * channels, taps[k] + phase.first, phase.count, ax.up, channels,
-                  k > 0, to);
+          mix_any(padded.data() + k * row + left * channels, taps[k] + phase.first, phase.count, ax.up,
+                  channels, k > 0, to);
         }
         if constexpr (!std::is_same_v<S, T>) {
           for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<S>(to[c]);
@@ -258,15 +264,31 @@ FASTGEN_INLINE void run(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-FASTGEN_SIMD void run_float(const Job& job, int64_t begin, int64_t end) { run<float>(job, begin, end); }
-FASTGEN_SIMD void run_double(const Job& job, int64_t begin, int64_t end) { run<double>(job, begin, end); }
-FASTGEN_SIMD void run_bfloat16(const Job& job, int64_t begin, int64_t end) { run<BFloat16>(job, begin, end); }
-FASTGEN_SIMD void run_half(const Job& job, int64_t begin, int64_t end) { run<Half>(job, begin, end); }
+FASTGEN_SIMD void run_float(const Job& job, int64_t begin, int64_t end) {
+  run<float>(job, begin, end);
+}
+FASTGEN_SIMD void run_double(const Job& job, int64_t begin, int64_t end) {
+  run<double>(job, begin, end);
+}
+FASTGEN_SIMD void run_bfloat16(const Job& job, int64_t begin, int64_t end) {
+  run<BFloat16>(job, begin, end);
+}
+FASTGEN_SIMD void run_half(const Job& job, int64_t begin, int64_t end) {
+  run<Half>(job, begin, end);
+}
 
-void run(float, const Job& job, int64_t begin, int64_t end) { run_float(job, begin, end); }
-void run(double, const Job& job, int64_t begin, int64_t end) { run_double(job, begin, end); }
-void run(BFloat16, const Job& job, int64_t begin, int64_t end) { run_bfloat16(job, begin, end); }
-void run(Half, const Job& job, int64_t begin, int64_t end) { run_half(job, begin, end); }
+void run(float, const Job& job, int64_t begin, int64_t end) {
+  run_float(job, begin, end);
+}
+void run(double, const Job& job, int64_t begin, int64_t end) {
+  run_double(job, begin, end);
+}
+void run(BFloat16, const Job& job, int64_t begin, int64_t end) {
+  run_bfloat16(job, begin, end);
+}
+void run(Half, const Job& job, int64_t begin, int64_t end) {
+  run_half(job, begin, end);
+}
 
 Tensor upfirdn2d_cpu(const Tensor& x, const std::optional<Tensor>& f, const std::vector<int64_t>& up,
                      const std::vector<int64_t>& down, const std::vector<int64_t>& padding, bool flip_filter,
@@ -277,8 +299,8 @@ Tensor upfirdn2d_cpu(const Tensor& x, const std::optional<Tensor>& f, const std:
   const int64_t columns = f ? f->size(f->dim() - 1) : 1, rows = f ? f->size(0) : 1;
   const int64_t out_w = (W * up[0] + padding[0] + padding[1] - columns) / down[0] + 1;
   const int64_t out_h = (H * up[1] + padding[2] + padding[3] - rows) / down[1] + 1;
-  Tensor out = empty(x, {N, C, out_h, out_w},
-                     channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor out =
+      empty(x, {N, C, out_h, out_w}, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   if (!out.numel()) return out;
 
   const Axis ax(out_w, up[0], down[0], padding[0], columns), ay(out_h, up[1], down[1], padding[2], rows);
@@ -294,6 +316,8 @@ Tensor upfirdn2d_cpu(const Tensor& x, const std::optional<Tensor>& f, const std:
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) { m.impl("upfirdn2d", TORCH_BOX(&upfirdn2d_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  m.impl("upfirdn2d", TORCH_BOX(&upfirdn2d_cpu));
+}
 
 }  // namespace fastgen
