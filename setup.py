@@ -1,7 +1,7 @@
 """Package map and the two compiled libraries: fastgen._cpu, and fastgen._cuda where nvcc is found.
 
 Metadata is in pyproject.toml. The build needs no GPU and downloads nothing. Environment:
-    FASTGEN_CUDA          auto (default): build the CUDA library if possible, else say why not; 1: fail; 0: skip
+    FASTGEN_CUDA          auto (default): build the CUDA library, or say why not; 1: or fail; 0: skip it
     CUDA_HOME             the toolkit to use; else the one that the nvcc on PATH names, else /usr/local/cuda
     TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"            MAX_JOBS  parallel compilations
 """
@@ -18,11 +18,6 @@ from setuptools import find_packages, setup
 STABLE_TORCH = "0x020b000000000000"  # the oldest torch whose stable ABI is used: 2.11
 
 
-def nvcc_of(home):
-    nvcc = Path(home, "bin", "nvcc")
-    return nvcc if nvcc.exists() else None
-
-
 def find_cuda_home():
     """The toolkit's folder, or None. nvcc on PATH may be a link or a script, so nvcc itself is asked."""
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
@@ -31,7 +26,7 @@ def find_cuda_home():
         shown = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
         if top := re.search(r"^#\$ TOP=(.+)$", shown, re.MULTILINE):
             return os.path.realpath(top[1].strip())
-    return "/usr/local/cuda" if nvcc_of("/usr/local/cuda") else None
+    return "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None
 
 
 CUDA_HOME = find_cuda_home()
@@ -57,12 +52,13 @@ def cuda_version():
     """The toolkit's (major, minor). Raises RuntimeError where no CUDA library can be built."""
     if torch.version.cuda is None:
         raise RuntimeError(f"torch {torch.__version__} is built without CUDA")
-    if not CUDA_HOME or not nvcc_of(CUDA_HOME):
-        raise RuntimeError(f"no nvcc in {CUDA_HOME}" if CUDA_HOME else "no nvcc (set CUDA_HOME)")
-    shown = subprocess.run([nvcc_of(CUDA_HOME), "--version"], capture_output=True, text=True).stdout
+    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
+    if not nvcc.exists():
+        raise RuntimeError(f"there is no {nvcc}" if CUDA_HOME else "no nvcc is found (set CUDA_HOME)")
+    shown = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", shown)
     if not release:
-        raise RuntimeError(f"{nvcc_of(CUDA_HOME)} does not run")
+        raise RuntimeError(f"{nvcc} does not say its version")
     if release[1] != torch.version.cuda.split(".")[0]:
         raise RuntimeError(
             f"nvcc is CUDA {release[1]}.{release[2]}, torch was built for {torch.version.cuda}"
@@ -70,16 +66,14 @@ def cuda_version():
     return int(release[1]), int(release[2])
 
 
-def extension(kind, name, folder, archs="", nvcc=()):
-    flags = ["-O3", "-fvisibility=hidden"]
+def extension(kind, name, folder, macros=()):
     sources = ["csrc/module.cpp", *(str(path) for path in sorted(Path("csrc", folder).glob("*.c[pu]*")))]
     return kind(
         name,
         sources,
         include_dirs=[os.path.abspath("csrc")],
-        depends=["csrc/common.h"],
-        define_macros=[("TORCH_TARGET_VERSION", STABLE_TORCH), ("FASTGEN_ARCHS", archs)],
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo", *nvcc]},
+        define_macros=[("TORCH_TARGET_VERSION", STABLE_TORCH), *macros],
+        extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo"]},
         py_limited_api=True,
     )
 
@@ -90,8 +84,8 @@ if CUDA != "0":
         release = cuda_version()
         newest = "8.0;9.0;10.0;12.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX"
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", newest)
-        macro = re.sub(r"[;,\s]+", ",", archs.strip())
-        extensions.append(extension(CUDAExtension, "fastgen._cuda", "cuda", macro, ["-DUSE_CUDA"]))
+        macros = [("USE_CUDA", None), ("FASTGEN_ARCHS", re.sub(r"[;,\s]+", ",", archs.strip()))]
+        extensions.append(extension(CUDAExtension, "fastgen._cuda", "cuda", macros))
     except RuntimeError as error:
         if CUDA == "1":
             sys.exit(f"fastgen: FASTGEN_CUDA=1, but {error}")

@@ -111,8 +111,8 @@ def served(op: str) -> dict[str, tuple[str, str]]:
 def keep_memory() -> bool:
     """Make this process keep freed memory for its next tensors; True where that works (glibc).
 
-    By default glibc returns every large block to the kernel at once, and fetching it again, page by page, costs
-    more than most element-wise operations on it. The process then holds its peak until it ends.
+    By default glibc returns every large block to the kernel at once, and fetching it again, page by page,
+    costs more than most element-wise operations on it. The process then holds its peak until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,0 +1,54 @@
+# Everything a checkout needs: `make demo`, `make test`. The first call makes .venv and builds; later ones reuse it.
+PYTHON ?= python3
+OUT ?= out
+BIN := .venv/bin
+STAMP := .venv/installed
+SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+# The GPU checks run where nothing can be installed too: there the checkout itself is used, with PYTHON.
+HERE = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
+
+.PHONY: demo test bench gpu lint format clean install
+
+demo: $(STAMP)
+	$(BIN)/fastgen demo --out $(OUT)/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	mkdir -p $(OUT)
+	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/bench.json
+	$(BIN)/python benchmarks/report.py $(OUT)/bench.json
+
+# Tests and benchmarks that need a CUDA device; needs torch and pytest, no network.
+gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu:
+	mkdir -p "$(OUT)"
+	FASTGEN_CUDA=1 $(HERE) setup.py build_ext --inplace
+	$(HERE) -m pytest -m gpu --junitxml="$(OUT)/gpu.xml"
+	if command -v compute-sanitizer; then \
+	  compute-sanitizer --error-exitcode 1 --log-file "$(OUT)/sanitizer.txt" \
+	    $(HERE) -m pytest -m gpu tests/ops -k "upfirdn2d or bias_act"; fi
+	$(HERE) -m pytest benchmarks --benchmark-json="$(OUT)/bench.json"
+	$(HERE) benchmarks/report.py "$(OUT)/bench.json" --out "$(OUT)"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
+
+install: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install "setuptools>=77" ninja "torch>=2.11"
+	$(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv build dist *.egg-info fastgen/*.so
