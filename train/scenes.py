@@ -11,7 +11,6 @@ in any subset: a ray's colour doesn't depend on its neighbours. Colours are in [
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,35 +20,60 @@ Z_DIM = 16
 RADIUS = 0.36
 
 # Coats from light to dark and back, so that a walk along the dial has no jump.
-_COATS = [(0.98, 0.95, 0.88), (0.99, 0.80, 0.48), (0.96, 0.58, 0.22), (0.72, 0.42, 0.24), (0.42, 0.38, 0.40),
-          (0.58, 0.63, 0.72), (0.86, 0.87, 0.90)]
+_COATS = [
+    (0.98, 0.95, 0.88),
+    (0.99, 0.80, 0.48),
+    (0.96, 0.58, 0.22),
+    (0.72, 0.42, 0.24),
+    (0.42, 0.38, 0.40),
+    (0.58, 0.63, 0.72),
+    (0.86, 0.87, 0.90),
+]
 _MARKS = [(0.18, 0.15, 0.16), (0.42, 0.24, 0.14), (0.80, 0.40, 0.15), (0.98, 0.95, 0.90)]
 _IRISES = [(0.25, 0.14, 0.07), (0.62, 0.38, 0.08), (0.88, 0.70, 0.12), (0.35, 0.62, 0.20), (0.16, 0.55, 0.75)]
 _NOSES = [(0.13, 0.10, 0.11), (0.32, 0.18, 0.15), (0.90, 0.50, 0.52)]
-# Directions (azimuth from +z towards +x, elevation; radians) of the spots on the skull, and their sizes.
-_SPOTS = [(0.00, 1.18, 0.20), (0.62, 0.80, 0.25), (-0.55, 0.66, 0.20), (1.15, 0.30, 0.26), (-1.10, 0.42, 0.25),
-          (0.98, -0.35, 0.21), (-0.98, -0.28, 0.23), (1.75, 0.65, 0.26), (-1.72, 0.80, 0.23), (1.80, -0.20, 0.26),
-          (-1.75, -0.10, 0.27), (2.50, 0.35, 0.28), (-2.45, 0.30, 0.26), (3.10, 0.80, 0.28)]
+# Spots on the skull: direction (azimuth from +z towards +x, elevation; radians) and size.
+_SPOTS = [
+    (0.00, 1.18, 0.20),
+    (0.62, 0.80, 0.25),
+    (-0.55, 0.66, 0.20),
+    (1.15, 0.30, 0.26),
+    (-1.10, 0.42, 0.25),
+    (0.98, -0.35, 0.21),
+    (-0.98, -0.28, 0.23),
+    (1.75, 0.65, 0.26),
+    (-1.72, 0.80, 0.23),
+    (1.80, -0.20, 0.26),
+    (-1.75, -0.10, 0.27),
+    (2.50, 0.35, 0.28),
+    (-2.45, 0.30, 0.26),
+    (3.10, 0.80, 0.28),
+]
 _LIGHT = (0.38, 0.72, 0.58)
 
 
 class Heads(NamedTuple):
     """N heads, ready to be traced. Lengths in world units; every tensor starts with N."""
 
-    centres: Tensor     # [N, 4, 3]  skull, cheek, muzzle, chin; the x >= 0 half, mirrored
-    radii: Tensor       # [N, 4, 3]
-    eye: Tensor         # [N, 4]     centre, radius
-    gaze: Tensor        # [N, 3]     unit, where the right eye's pupil sits on the eyeball
-    nose: Tensor        # [N, 6]     centre, radii
-    ear: Tensor         # [N, 7]     base (3), direction in the x-y plane (2), base radius, tip radius
+    centres: Tensor  # [N, 4, 3]  skull, cheek, muzzle, chin; the x >= 0 half, mirrored
+    radii: Tensor  # [N, 4, 3]
+    eye: Tensor  # [N, 4]     centre, radius
+    gaze: Tensor  # [N, 3]     unit, where the right eye's pupil sits on the eyeball
+    nose: Tensor  # [N, 6]     centre, radii
+    ear: Tensor  # [N, 7]     base (3), direction in the x-y plane (2), base radius, tip radius
     ear_length: Tensor  # [N, 1]
-    marks: Tensor       # [N, 6]     strength of stripes, spots, eye patch, blaze, socks (muzzle), saddle
-    pupil: Tensor       # [N, 1]     share of the eyeball
-    colours: Tensor     # [N, 5, 3]  coat, marks, light parts, iris, nose; in [0, 1]
+    marks: Tensor  # [N, 6]     strength of stripes, spots, eye patch, blaze, socks (muzzle), saddle
+    pupil: Tensor  # [N, 1]     share of the eyeball
+    colours: Tensor  # [N, 5, 3]  coat, marks, light parts, iris, nose; in [0, 1]
 
 
 def _normalize(v: Tensor) -> Tensor:
     return v / v.square().sum(-1, keepdim=True).clamp_min(1e-12).sqrt()
+
+
+def _mirror(p: Tensor) -> Tensor:
+    """Points on the side of the right eye, x >= 0."""
+    return torch.cat([p[..., :1].abs(), p[..., 1:]], -1)
 
 
 def _smoothstep(x: Tensor, low: float, high: float) -> Tensor:
@@ -71,8 +95,24 @@ def heads(
     """The heads of latents; a smooth function of the second-moment normalised z, hence of z's direction."""
     z = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()
     dial = torch.special.ndtr(z)
-    (wide, tall, snout, snout_w, ear_l, ear_r, ear_at, eye_r,
-     coat, marks, light, iris, stripes, spots, patch, blaze) = dial.unbind(1)
+    (
+        wide,
+        tall,
+        snout,
+        snout_w,
+        ear_l,
+        ear_r,
+        ear_at,
+        eye_r,
+        coat,
+        marks,
+        light,
+        iris,
+        stripes,
+        spots,
+        patch,
+        blaze,
+    ) = dial.unbind(1)
     zero = torch.zeros_like(wide)
 
     def mix(t: Tensor, low: float, high: float) -> Tensor:
@@ -88,13 +128,18 @@ def heads(
     length, width = mix(snout, 0.03, 0.125), mix(snout_w, 0.042, 0.066)
     front = 0.105
     muzzle_y = cy - 0.40 * ry
-    muzzle = stack(0.55 * width, muzzle_y, front + 0.55 * length), \
-        stack(width, 0.85 * width, 0.035 + 0.45 * length)
-    chin = stack(0.0, muzzle_y - 0.75 * width, front + 0.35 * length), \
-        stack(0.75 * width, 0.5 * width, 0.03 + 0.4 * length)
+    muzzle = (
+        stack(0.55 * width, muzzle_y, front + 0.55 * length),
+        stack(width, 0.85 * width, 0.035 + 0.45 * length),
+    )
+    chin = (
+        stack(0.0, muzzle_y - 0.75 * width, front + 0.35 * length),
+        stack(0.75 * width, 0.5 * width, 0.03 + 0.4 * length),
+    )
 
     nose_r = 0.020 + 0.010 * snout_w
-    nose = stack(0.0, muzzle_y + 0.62 * width, front + 0.93 * length + 0.026, 1.25 * nose_r, 0.85 * nose_r, 0.8 * nose_r)
+    tip = front + 0.93 * length + 0.026
+    nose = stack(0.0, muzzle_y + 0.62 * width, tip, 1.25 * nose_r, 0.85 * nose_r, 0.8 * nose_r)
 
     r_eye = mix(eye_r, 0.031, 0.050)
     eye_x, eye_y = 0.44 * rx, cy + 0.16 * ry
@@ -120,7 +165,11 @@ def heads(
     return Heads(
         torch.stack([part[0] for part in (skull, cheek, muzzle, chin)], 1),
         torch.stack([part[1] for part in (skull, cheek, muzzle, chin)], 1),
-        eye, gaze, nose, ear, ear_length.unsqueeze(1),
+        eye,
+        gaze,
+        nose,
+        ear,
+        ear_length.unsqueeze(1),
         stack(on(stripes), on(spots), on(patch), on(blaze), on(light), on(1 - blaze)),
         mix(eye_r, 0.60, 0.50).unsqueeze(1),
         torch.stack([fur, mark, pale, _palette(iris, _IRISES), _palette(snout_w, _NOSES)], 1),
@@ -132,7 +181,9 @@ def _ellipsoid(x: Tensor, y: Tensor, z: Tensor, centre: Tensor, radii: Tensor) -
     inverse = 1 / radii
     shift = -centre * inverse
     # Plane by plane: [N, R] tensors vectorise over rays, where [N, R, 3] would not.
-    qx, qy, qz = (torch.addcmul(shift[:, i : i + 1], v, inverse[:, i : i + 1]) for i, v in enumerate((x, y, z)))
+    qx, qy, qz = (
+        torch.addcmul(shift[:, i : i + 1], v, inverse[:, i : i + 1]) for i, v in enumerate((x, y, z))
+    )
     k0 = torch.addcmul(torch.addcmul(qx * qx, qy, qy), qz, qz).sqrt()
     qx, qy, qz = (q * inverse[:, i : i + 1] for i, q in enumerate((qx, qy, qz)))
     k1 = torch.addcmul(torch.addcmul(qx * qx, qy, qy), qz, qz).clamp_min(1e-6).rsqrt()
@@ -157,14 +208,21 @@ def _ear(h: Heads, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Ten
     side = (1 - slope * slope).sqrt()
     k = side * along - slope * across
     inside = torch.where(
-        k < 0, (across.square() + along.square()).sqrt() - base,
-        torch.where(k > side * length, (across.square() + (along - length).square()).sqrt() - tip,
-                    across * side + along * slope - base))
+        k < 0,
+        (across.square() + along.square()).sqrt() - base,
+        torch.where(
+            k > side * length,
+            (across.square() + (along - length).square()).sqrt() - tip,
+            across * side + along * slope - base,
+        ),
+    )
     height = z - 5.0 * across.square()
     thick = 0.014
     outer, off = inside + thick, height.abs() - 0.004
-    d = (outer.clamp_min(0).square() + off.clamp_min(0).square()).sqrt() + torch.maximum(outer, off).clamp_max(0) - thick
-    return d, inside, height
+    d = (outer.clamp_min(0).square() + off.clamp_min(0).square()).sqrt() + torch.maximum(
+        outer, off
+    ).clamp_max(0)
+    return d - thick, inside, height
 
 
 class _Parts(NamedTuple):
@@ -215,10 +273,10 @@ def _coat(h: Heads, p: Tensor) -> Tensor:
 
     # Stripes run over the skull from side to side, thin out towards the face.
     wave = torch.sin(13.0 * torch.atan2(y + 0.25 * x * x, z) + 2.0)
-    stripe = _smoothstep(wave, 0.05, 0.75) * _smoothstep(y - 0.35 * z, -0.25, 0.2) * _smoothstep(x.abs(), 0.02, 0.16)
-    side = _smoothstep(torch.sin(12.0 * y + 3.0 * x.abs()), 0.1, 0.8) * _smoothstep(x.abs(), 0.62, 0.82) \
-        * _smoothstep(-y, -0.25, 0.0)
-    stripe = torch.maximum(stripe, side)
+    stripe = _smoothstep(wave, 0.05, 0.75) * _smoothstep(y - 0.35 * z, -0.25, 0.2)
+    stripe = stripe * _smoothstep(x.abs(), 0.02, 0.16)
+    side = _smoothstep(torch.sin(12.0 * y + 3.0 * x.abs()), 0.1, 0.8) * _smoothstep(x.abs(), 0.62, 0.82)
+    stripe = torch.maximum(stripe, side * _smoothstep(-y, -0.25, 0.0))
 
     where = p.new_tensor(_SPOTS)
     az, el, size = where.unbind(1)
@@ -226,19 +284,31 @@ def _coat(h: Heads, p: Tensor) -> Tensor:
     gap = (2 - 2 * (q @ centres.T)).clamp_min(1e-8).sqrt() - size
     spot = 1 - _smoothstep(gap.amin(-1), -0.06, 0.06)
 
-    eye = h.eye[:, None, :3]
-    left = torch.sign(p[..., :1]) * p[..., :1]
-    to_eye = (torch.cat([left, p[..., 1:]], -1) - eye).square().sum(-1).sqrt()
+    to_eye = (_mirror(p) - h.eye[:, None, :3]).square().sum(-1).sqrt()
     around = 1 - _smoothstep(to_eye / h.eye[:, 3:], 1.25, 1.95)
     # One eye of two: patches are seldom symmetric.
     around = around * _smoothstep(x, -0.05, 0.05)
     cap = _smoothstep(y - 0.55 * z + 0.25 * x, 0.25, 0.5)
 
-    mark = torch.maximum(torch.maximum(stripe * stripes, spot * spots), torch.maximum(around * patch, cap * saddle * patch))
+    patches = torch.maximum(around, cap * saddle) * patch
+    mark = torch.maximum(torch.maximum(stripe * stripes, spot * spots), patches)
     line = (1 - _smoothstep(x.abs() - 0.10 + 0.09 * y, 0.0, 0.10)) * _smoothstep(z, 0.1, 0.4)
     belly = _smoothstep(-y + 0.25 * z, 0.42, 0.62)
     pale = torch.maximum(line * blaze, belly * socks)
     return torch.stack([mark, pale], -1)
+
+
+def _eyeball(h: Heads, p: Tensor, iris: Tensor) -> Tensor:
+    """Colour [N, R, 3] of the eyes, in [0, 1], by the direction of p from an eye's centre."""
+    white, centre = iris.new_tensor([0.97, 0.96, 0.94]), h.eye[:, None, :3]
+    off = (_normalize(_mirror(p) - centre) - h.gaze.unsqueeze(1)).square().sum(-1, keepdim=True).sqrt()
+    ball = torch.lerp(white.expand_as(p), iris.expand_as(p), 1 - _smoothstep(off, 0.80, 0.98))
+    ball = ball * _smoothstep(off / h.pupil.unsqueeze(1), 0.85, 1.15) + 0.03
+    # The highlight sits on the same side of both eyes.
+    side = torch.cat([p[..., :1].sign(), torch.ones_like(p[..., 1:])], -1)
+    glint = _normalize(p.new_tensor([0.22, 0.36, 0.9]))
+    off = (_normalize(p - side * centre) - glint).square().sum(-1, keepdim=True).sqrt()
+    return torch.lerp(ball, torch.ones_like(ball), 1 - _smoothstep(off, 0.13, 0.27))
 
 
 def colour(
@@ -259,8 +329,9 @@ def colour(
     coat, mark, pale, iris, nose_colour = (t.unsqueeze(1) for t in h.colours.unbind(1))
 
     amount = _coat(h, p)
-    is_ear = _smoothstep(torch.minimum(skull, cheek) - ear, -0.004, 0.012).unsqueeze(-1)
-    is_muzzle = _smoothstep(torch.minimum(skull, cheek) - torch.minimum(muzzle, chin), -0.004, 0.014).unsqueeze(-1)
+    head, jaw = torch.minimum(skull, cheek), torch.minimum(muzzle, chin)
+    is_ear = _smoothstep(head - ear, -0.004, 0.012).unsqueeze(-1)
+    is_muzzle = _smoothstep(head - jaw, -0.004, 0.014).unsqueeze(-1)
     albedo = torch.lerp(coat, mark, amount[..., :1] * (1 - is_muzzle) * (1 - is_ear))
     albedo = torch.lerp(albedo, pale, torch.maximum(amount[..., 1:], is_muzzle) * (1 - is_ear))
     inner = _smoothstep(-in_ear, 0.008, 0.022) * _smoothstep(ear_height, 0.0, 0.008)
@@ -274,43 +345,34 @@ def colour(
     width = h.radii[:, 2, :1]
     smile = mouth + 0.9 * x.square() / width
     dark = torch.exp(-((y - smile) / 0.0055).square()) * (1 - _smoothstep(x.abs() / width, 0.75, 1.05))
-    seam = torch.exp(-(x / 0.005).square()) * _smoothstep(top - y, 0.0, 0.01) * _smoothstep(y - smile, -0.004, 0.004)
+    seam = torch.exp(-(x / 0.005).square()) * _smoothstep(top - y, 0.0, 0.01)
+    seam = seam * _smoothstep(y - smile, -0.004, 0.004)
     dark = (torch.maximum(dark, seam) * _smoothstep(p[..., 2], 0.10, 0.13)).unsqueeze(-1)
     albedo = albedo * (1 - 0.7 * dark)
 
     at_nose = _smoothstep(torch.minimum(muzzle, skull) - nose, -0.002, 0.006).unsqueeze(-1)
     albedo = torch.lerp(albedo, nose_colour, at_nose)
 
-    mirrored = torch.cat([p[..., :1].abs(), p[..., 1:]], -1)
-    towards = _normalize(mirrored - h.eye[:, None, :3])
-    pupil = h.pupil
-    off = (towards - h.gaze.unsqueeze(1)).square().sum(-1).sqrt()
-    ball = torch.lerp(iris.new_tensor([0.97, 0.96, 0.94]).expand_as(towards), iris.expand_as(towards),
-                      (1 - _smoothstep(off, 0.80, 0.98)).unsqueeze(-1))
-    ball = ball * _smoothstep(off / pupil, 0.85, 1.15).unsqueeze(-1) + 0.03
-    # The highlight sits on the same side of both eyes.
-    real = _normalize(p - torch.cat([torch.sign(p[..., :1]) * h.eye[:, None, :1], h.eye[:, None, 1:3].expand_as(p[..., 1:])], -1))
-    glint = _normalize(p.new_tensor([0.22, 0.36, 0.9]))
-    ball = torch.lerp(ball, torch.ones_like(ball), (1 - _smoothstep((real - glint).square().sum(-1).sqrt(), 0.13, 0.27)).unsqueeze(-1))
-    fur = torch.minimum(torch.minimum(skull, cheek), nose)
+    fur = torch.minimum(head, nose)
     at_eye = _smoothstep(fur - eye, -0.001, 0.004).unsqueeze(-1)
     rim = torch.exp(-((fur - eye) / 0.006).square()).unsqueeze(-1)
-    albedo = torch.lerp(albedo * (1 - 0.6 * rim), ball, at_eye)
+    albedo = torch.lerp(albedo * (1 - 0.6 * rim), _eyeball(h, p, iris), at_eye)
 
     light = _normalize(p.new_tensor(_LIGHT))
     diffuse = ((normal @ light + 0.55) / 1.55).clamp_min(0)
     fill = 0.5 - 0.5 * normal[..., 1]
     reach = 0.05
-    open_ = (distance(h, p + normal * reach) / reach).clamp(0, 1)
-    shade = (0.40 + 0.78 * diffuse.unsqueeze(-1) * p.new_tensor([1.0, 0.985, 0.96])
-             + 0.16 * fill.unsqueeze(-1) * p.new_tensor([1.0, 0.85, 0.75])) * (0.62 + 0.38 * open_.unsqueeze(-1))
+    free = (distance(h, p + normal * reach) / reach).clamp(0, 1)
+    shade = 0.40 + 0.78 * diffuse.unsqueeze(-1) * p.new_tensor([1.0, 0.985, 0.96])
+    shade = shade + 0.16 * fill.unsqueeze(-1) * p.new_tensor([1.0, 0.85, 0.75])
+    shade = shade * (0.62 + 0.38 * free.unsqueeze(-1))
     shade = torch.lerp(shade, torch.ones_like(shade), 0.45 * at_eye)
     return (albedo * shade).clamp(0, 1) * 2 - 1
 
 
 def trace(
     h: Heads,
-    origins: Tensor,     # [N, R, 3]
+    origins: Tensor,  # [N, R, 3]
     directions: Tensor,  # [N, R, 3]  unit
     steps: int = 32,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -332,7 +394,7 @@ def trace(
 
 def shade(
     h: Heads,
-    origins: Tensor,     # [N, R, 3]
+    origins: Tensor,  # [N, R, 3]
     directions: Tensor,  # [N, R, 3]  unit
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Colour [N, R, 3] in [-1, 1], depth [N, R, 1] and mask [N, R, 1] of any set of rays."""
