@@ -8,6 +8,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import fastgen  # noqa: E402
 from fastgen import _backends  # noqa: E402
 
 _deselected = 0
@@ -33,13 +34,43 @@ def seed():
     torch.manual_seed(0)
 
 
-# What ops on CPU tensors can run on here.
-CPU_BACKENDS = ["reference", *(["cpu"] if _backends.status()["cpu"][0] else [])]
+# Where ops run here: CPU tensors on the reference, and on what the dispatcher prefers; CUDA tensors.
+TARGETS = [
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("auto", "cpu"), id="cpu" if _backends.status()["cpu"][0] else "fallback"),
+    pytest.param(("auto", "cuda"), id="cuda", marks=pytest.mark.gpu),
+]
 
 
-@pytest.fixture(params=CPU_BACKENDS)
-def backend(request):
-    from fastgen import backend
+@pytest.fixture(params=TARGETS)
+def device(request):
+    """A device, within the backend to be tested on it."""
+    backend, device = request.param
+    with fastgen.backend(backend):
+        yield device
 
-    with backend(request.param):
-        yield request.param
+
+@pytest.fixture
+def poisoned():
+    """New memory is full of NaN, so that what an op forgets to write is seen."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_generate_tests(metafunc):
+    """Tests of an op's class take `case`, `few` (the first two), `dtype` and `error` from the class."""
+    checks = metafunc.cls
+    if not hasattr(checks, "cases"):
+        return
+    lists = {"case": checks.cases, "few": checks.cases[:2]}
+    for name, cases in lists.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, cases, ids=[case.name for case in cases])
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", checks.dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+    if "error" in metafunc.fixturenames:
+        metafunc.parametrize("error", checks.errors, ids=range(len(checks.errors)))

@@ -130,7 +130,10 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _bias_gradient(dx: Tensor, b: Tensor | None, dim: int) -> Tensor | None:
-    return None if b is None else dx.sum([i for i in range(dx.ndim) if i != dim]).to(b.dtype)
+    if b is None:
+        return None
+    others = [i for i in range(dx.ndim) if i != dim]
+    return (dx.sum(others) if others else dx).to(b.dtype)
 
 
 def _setup_context(ctx, inputs, output):
