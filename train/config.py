@@ -219,7 +219,7 @@ class TrainConfig:
         return self.stage1_steps + self.stage2_steps
 
     def scaled(self, share: float) -> TrainConfig:
-        """The same run with every stage and phase shortened (or lengthened) to a share above 0 of its steps."""
+        """The same run with every stage and phase scaled to a share, above 0, of its steps."""
 
         def part(steps: int) -> int:
             return math.ceil(steps * share)

@@ -6,6 +6,7 @@ non-saturating logistic loss (Goodfellow et al. 2014) with R1 (Mescheder et al. 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -32,20 +33,29 @@ class Perceptual(nn.Module):
         if kind not in ("lpips-vgg", "random-vgg"):
             raise ValueError(f"Perceptual: kind must be lpips-vgg or random-vgg, got {kind!r}")
         state = _read_vgg(weights) if kind == "lpips-vgg" else None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.net = lpips.LPIPS(
-                net="vgg",
-                pretrained=state is not None,
-                lpips=state is not None,
-                pnet_rand=True,
-                verbose=False,
+        # lpips would first fill a whole VGG16 with random numbers, most of them in layers that it drops.
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            net = lpips.LPIPS(
+                net="vgg", pretrained=False, lpips=state is not None, pnet_rand=True, verbose=False
             )
-        if state is not None:
-            for part, layers in _VGG_SLICES.items():
-                for layer in layers:
-                    conv = getattr(getattr(self.net.net, f"slice{part}"), str(layer))
+        self.net = net.to_empty(device="cpu")
+        self.net.scaling_layer = lpips.ScalingLayer()
+        random = torch.Generator().manual_seed(0)
+        for part, layers in _VGG_SLICES.items():
+            for layer in layers:
+                conv = getattr(getattr(self.net.net, f"slice{part}"), str(layer))
+                if state is None:
+                    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=random)
+                    nn.init.zeros_(conv.bias)
+                else:
                     conv.load_state_dict({k: state[f"features.{layer}.{k}"] for k in ("weight", "bias")})
+        if state is not None:
+            # The weights of the channels, which the package brings.
+            heads = torch.load(
+                Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True
+            )
+            self.net.load_state_dict(heads, strict=False)
         self.name = "LPIPS (VGG16)" if state is not None else "random VGG16 features"
         self.requires_grad_(False).eval()
 

@@ -1,11 +1,14 @@
 """A teacher that renders in milliseconds, and a configuration that trains on it within seconds."""
 
+import lzma
+from pathlib import Path
+
 import pytest
 import torch
+from fastgen.train.config import TrainConfig
 
 from fastgen.camera import CameraDistribution
 from fastgen.models.teacher import Teacher
-from fastgen.train.config import TrainConfig
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +31,15 @@ def teacher() -> Teacher:
         )
     teacher.camera = CameraDistribution()
     return teacher.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory) -> Path:
+    """The golden checkpoint: a narrow EG3D generator as an original pickle."""
+    packed = Path(__file__).parents[1] / "data" / "eg3d_cars128_tiny.pkl.xz"
+    path = tmp_path_factory.mktemp("original") / "eg3d_cars128_tiny.pkl"
+    path.write_bytes(lzma.decompress(packed.read_bytes()))
+    return path
 
 
 @pytest.fixture

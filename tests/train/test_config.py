@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-
 from fastgen.train.config import PRESETS, TrainConfig
 
 

@@ -1,0 +1,233 @@
+"""The loop: both stages, exact continuation, averaging, signals, and what a run leaves on disk."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fastgen.train import loop
+from fastgen.train.config import TrainConfig
+from fastgen.train.loop import distil
+from torch import nn
+
+import fastgen
+
+
+def stats(out) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(out) / "stats.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds_per_step", None)
+    return lines
+
+
+def interrupt_at(monkeypatch, call: int):
+    """Press Ctrl-C while that call of reconstruction_terms runs."""
+    original, calls = loop.reconstruction_terms, []
+
+    def terms(*args):
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(loop, "reconstruction_terms", terms)
+
+
+def test_two_stages(teacher, config, tmp_path):
+    config = dataclasses.replace(config, grid_every=3, grid_images=2, tensorboard=True)
+    before = {name: p.clone() for name, p in teacher.state_dict().items()}
+    run = distil(config, teacher, progress=False)
+    assert run.step == 6 and not run.interrupted
+    lines = [line for line in stats(config.out) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["adversarial_weight"] for line in lines] == [0, 0, 0, 1, 1, 1]
+    assert ["adv" in line and "discriminator" in line for line in lines] == [False] * 3 + [True] * 3
+    # Lazily, at even steps: the fifth one is step 4 counted from 0.
+    assert ["r1" in line for line in lines] == [False, False, False, False, True, False]
+    assert [line["learning_rate"] for line in lines] == [config.lr] * 3 + [config.lr_adversarial] * 3
+    total = lines[4]["lr_pixel"] + lines[4]["hr_pixel"] + config.lambda_adv * lines[4]["adv"]
+    assert lines[4]["loss"] == pytest.approx(total, rel=1e-5)
+    out = Path(config.out)
+    assert sorted(path.name for path in (out / "grids").iterdir()) == ["step_000003.png", "step_000006.png"]
+    assert [line["step"] for line in stats(out) if "heldout_psnr_db" in line] == [3, 6]
+    assert TrainConfig.load(out / "config.json") == config
+    assert list(out.glob("events.out.tfevents.*"))
+    assert not list(out.glob("*.part*"))
+    # The teacher is frozen; the student moved, its copy of the mapping did not.
+    assert all(torch.equal(p, before[name]) for name, p in teacher.state_dict().items())
+    assert torch.equal(run.student.teacher_mapping.fc0.weight, teacher.backbone.mapping.fc0.weight)
+    loaded = fastgen.load_student(out / "student.safetensors")
+    assert loaded.camera == teacher.camera
+    z, c = torch.randn(2, teacher.z_dim), loaded.camera.sample(2)
+    assert torch.equal(loaded(z, c)["image"], run.student(z, c)["image"])
+
+
+def test_reconstruction_improves(teacher, config):
+    config = dataclasses.replace(
+        config,
+        curriculum="reconstruction-only",
+        stage1_steps=30,
+        growth=((4, 10, 8),),
+        replay=16,
+        replay_reuse=4.0,
+    )
+    distil(config, teacher, progress=False)
+    lines = [line for line in stats(config.out) if "hr_pixel" in line]
+    assert not any("discriminator" in line for line in stats(config.out))
+    assert sum(line["loss"] for line in lines[-4:]) < 0.7 * sum(line["loss"] for line in lines[:4])
+
+
+def test_growth_and_rare_final_images(teacher, config):
+    config = dataclasses.replace(config, growth=((4, 2, 4), (8, 1, 2)), stage1_steps=6, hr_interval=2)
+    distil(config, teacher, progress=False)
+    lines = stats(config.out)
+    assert [line["images"] for line in lines] == [4, 8, 10, 12, 14, 16, 18, 20, 22]
+    assert ["hr_pixel" in line for line in lines] == [False] * 4 + [True, False] + [True] * 3
+
+
+@pytest.mark.parametrize("curriculum", ["single-stage", "ramp"])
+def test_other_curricula(teacher, config, curriculum):
+    config = dataclasses.replace(config, curriculum=curriculum, stage1_steps=1, stage2_steps=2, ramp_steps=4)
+    distil(config, teacher, progress=False)
+    weights = [line["adversarial_weight"] for line in stats(config.out)]
+    assert weights == ([1, 1, 1] if curriculum == "single-stage" else [0, 0.25, 0.5])
+    assert stats(config.out)[1]["loss"] == pytest.approx(
+        sum(stats(config.out)[1][name] for name in ("lr_pixel", "hr_pixel"))
+        + weights[1] * config.lambda_adv * stats(config.out)[1]["adv"],
+        rel=1e-5,
+    )
+
+
+@pytest.mark.parametrize("call", [2, 7])
+def test_resumed_run_equals_uninterrupted_one(teacher, config, tmp_path, monkeypatch, call):
+    config = dataclasses.replace(
+        config, stage1_steps=5, stage2_steps=5, growth=((8, 3, 4),), replay=8, replay_reuse=2.0, r1_interval=3
+    )
+    whole = distil(config, teacher, progress=False)
+    config = dataclasses.replace(config, out=str(tmp_path / "interrupted"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, call)
+        run = distil(config, teacher, progress=False)
+    # Ctrl-C ends the step it falls into, saves, and leaves the handlers as they were.
+    assert run.interrupted and run.step == call
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # What was drawn meanwhile must not matter, nor lines of a crash after the checkpoint.
+    torch.randn(7)
+    with (Path(config.out) / "stats.jsonl").open("a") as file:
+        file.write('{"step": 9, "loss": 0}\n{"step": 10, "lo')
+    resumed = distil(dataclasses.replace(config, resume=True), teacher, progress=False)
+    assert resumed.step == 10 and not resumed.interrupted
+    assert stats(config.out) == stats(whole.out)
+    for name, p in whole.student.state_dict().items():
+        assert torch.equal(p, resumed.student.state_dict()[name]), name
+    a, b = (torch.load(Path(out) / "resume.pt", weights_only=True) for out in (whole.out, config.out))
+    for part in ("student", "discriminator"):
+        assert all(torch.equal(p, b[part][name]) for name, p in a[part].items())
+
+
+def test_resume_refuses(teacher, config):
+    with pytest.raises(FileNotFoundError, match="resume: no checkpoint to continue from"):
+        distil(dataclasses.replace(config, resume=True), teacher)
+    assert not Path(config.out).exists()
+    distil(config, teacher, progress=False)
+    with pytest.raises(ValueError, match="out: .* holds a run"):
+        distil(config, teacher)
+    with pytest.raises(ValueError, match="resume: lambda_adv was 0.005 in .*, now it is 1.0"):
+        distil(dataclasses.replace(config, resume=True, lambda_adv=1.0), teacher)
+
+
+def test_average():
+    student, average = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    student.register_buffer("seen", torch.tensor(3.0))
+    average.register_buffer("seen", torch.tensor(0.0))
+    with torch.no_grad():
+        student.weight.fill_(1)
+        average.weight.fill_(0)
+    config = TrainConfig(ema_half_life=100, ema_rampup=0.5)
+    # Long after the start a batch of 100 images is one half-life; early on, half of the images seen is.
+    loop._update_average(average, student, config, 10_000, 100)
+    assert average.weight.item() == pytest.approx(0.5) and average.seen.item() == 3
+    loop._update_average(average, student, config, 40, 40)
+    assert average.weight.item() == pytest.approx(1 - 0.5 * 0.25)
+    loop._update_average(average, student, dataclasses.replace(config, ema_half_life=0), 50, 10)
+    assert average.weight.item() == 1
+
+
+def test_loss_that_is_not_finite_is_named(teacher, config, monkeypatch):
+    original, calls = loop.generator_loss, []
+
+    def poisoned(logits):
+        calls.append(1)
+        return original(logits) * (float("inf") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(loop, "generator_loss", poisoned)
+    with pytest.raises(FloatingPointError, match="step 4: the loss term adv is inf"):
+        distil(config, teacher, progress=False)
+
+
+def test_discriminator_starts_from_the_checkpoint(original, config):
+    teacher = fastgen.load_teacher(original)
+    theirs = fastgen.load_discriminator(original).state_dict()
+    config = dataclasses.replace(config, teacher=str(original))
+    mine = loop._make_discriminator(config, teacher, from_file=True).state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    fresh = loop._make_discriminator(config, teacher, from_file=False)
+    assert fresh.config["channel_base"] == config.discriminator_channels
+
+
+def test_configuration_that_cannot_run(teacher, config, tmp_path):
+    with pytest.raises(ValueError, match="device: expected auto, cpu, cuda or cuda:N, got 'gpu'"):
+        distil(dataclasses.replace(config, device="gpu"), teacher)
+    with pytest.raises(ValueError, match="needs perceptual_weights"):
+        distil(dataclasses.replace(config, perceptual="lpips-vgg"), teacher)
+    with pytest.raises(ValueError, match="preset must be one of"):
+        distil(dataclasses.replace(config, camera="moon"), teacher)
+    with pytest.raises(FileNotFoundError, match="nothing.pkl"):
+        distil(dataclasses.replace(config, teacher=str(tmp_path / "nothing.pkl")))
+    assert not Path(config.out).exists()
+
+
+def test_deadline(teacher, config):
+    run = distil(config, teacher, progress=False, deadline=time.monotonic())
+    assert run.interrupted and run.step == 0 and (run.out / "resume.pt").exists()
+
+
+def test_sigterm_saves(config, original, tmp_path):
+    out = tmp_path / "killed"
+    options = {
+        "teacher": original,
+        "out": out,
+        "student": "toy",
+        "perceptual": "none",
+        "batch-size": 1,
+        "neural-rendering-resolution": 8,
+        "stage1-steps": 10_000,
+        "log-every": 1,
+        "grid-every": 0,
+        "device": "cpu",
+    }
+    command = [sys.executable, "-m", "fastgen.train"]
+    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for _ in range(1200):
+            if process.poll() is not None or (
+                (out / "stats.jsonl").exists() and (out / "stats.jsonl").read_text()
+            ):
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    step = torch.load(out / "resume.pt", weights_only=True)["step"]
+    assert step == stats(out)[-1]["step"] > 0
+    assert fastgen.load_student(out / "student.safetensors").img_resolution == 128
