@@ -177,13 +177,12 @@ class OpChecks:
                 torch.autograd.grad(total, wanted, allow_unused=True)
         constants = [x.shape for x in inputs.values() if x is not None and not x.requires_grad]
         for function, args in recorder.calls.items():
-            # Second derivatives have no third, so their inputs want none.
-            wants = not function.name().endswith("_bwd2")
-            args = pytree.tree_map_only(
-                Tensor,
-                lambda x: x.detach().clone().requires_grad_(wants and x.shape not in constants),
-                args,
-            )
+            args = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), args)
+            # Second derivatives have no third.
+            if not function.name().endswith("_bwd2"):
+                for x in pytree.tree_leaves(args):
+                    if isinstance(x, Tensor) and x.shape not in constants:
+                        x.requires_grad_()
             torch.library.opcheck(function, args)
 
     def test_compile(self, few, device):

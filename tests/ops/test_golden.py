@@ -13,8 +13,8 @@ DATA = Path(__file__).parents[1] / "data"
 CASES = json.loads((DATA / "ops.json").read_text())
 ARRAYS = np.load(DATA / "ops.npz")
 
-# The arrays are float32 sums of at most a few hundred terms, in another order. Where all should be zero, 1e-3 stands
-# for the largest value, so that rounding errors of cancelling terms of size 1 pass.
+# The arrays are float32 sums of at most a few hundred terms, in another order. Where all should be zero, 1e-3
+# stands for the largest value, so that rounding errors of cancelling terms of size 1 pass.
 RELATIVE = 3e-6
 
 
@@ -34,7 +34,8 @@ def test_golden(i, device):
     dy, r = tensors.pop("dy"), tensors.pop("r")
     names = [name for name in case["grads"] if not name.startswith("second_")]
     wanted = [tensors[name].requires_grad_() for name in names]
-    arguments = {"planes" if (case["op"], k) == ("sample_triplane", "x") else k: v for k, v in tensors.items()}
+    planes = case["op"] == "sample_triplane"
+    arguments = {"planes" if planes and name == "x" else name: x for name, x in tensors.items()}
     params = {k: v for k, v in case["params"].items() if k not in ("filter_taps", "k")}
 
     out = getattr(ops, case["op"])(**arguments, **params)
