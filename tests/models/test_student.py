@@ -1,0 +1,126 @@
+"""The student: the teacher's call shape, style space and super-resolution; a file that alone can render."""
+
+import pytest
+import torch
+
+import fastgen
+from fastgen import checkpoint
+from fastgen.camera import CameraDistribution
+from fastgen.models.student import SIZES, Student
+from fastgen.models.teacher import Teacher
+
+
+@pytest.fixture
+def teacher(small_config) -> Teacher:
+    return Teacher(**small_config).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def student(teacher) -> Student:
+    return Student.from_teacher(teacher, "toy")
+
+
+def test_call_shape(teacher, student):
+    z, c = torch.randn(3, teacher.z_dim), CameraDistribution().sample(3)
+    student.requires_grad_(False)
+    ws = student.mapping(z, c, truncation_psi=0.7, truncation_cutoff=3)
+    assert torch.equal(ws, teacher.mapping(z, c, truncation_psi=0.7, truncation_cutoff=3))
+    mine, theirs = student.synthesis(ws, c, noise_mode="const"), teacher.synthesis(ws, c)
+    assert {name: image.shape for name, image in mine.items()} == {
+        name: image.shape for name, image in theirs.items() if name != "image_depth"
+    }
+    assert torch.equal(mine["image_raw"], mine["feature_image"][:, :3])
+    assert torch.equal(student(z, c, truncation_psi=0.7, truncation_cutoff=3)["image"], mine["image"])
+    # The same super-resolution of the same features.
+    features = theirs["feature_image"]
+    assert torch.equal(student.super_resolve(features, ws), teacher.super_resolve(features, ws))
+
+
+def test_what_is_trained(teacher, student):
+    frozen = {name.split(".")[0] for name, p in student.named_parameters() if not p.requires_grad}
+    trained = {name.split(".")[0] for name, p in student.named_parameters() if p.requires_grad}
+    assert frozen == {"teacher_mapping"} and trained == {"pose_mapping", "renderer", "superresolution"}
+    z, c = torch.randn(2, teacher.z_dim), CameraDistribution().sample(2)
+    # Blocks begin by adding nothing: make them count, to see every weight get a gradient.
+    for resolution in student.renderer.block_resolutions:
+        torch.nn.init.normal_(getattr(student.renderer, f"b{resolution}").torgb.weight)
+    images = student(z, c)
+    (images["image"].square().mean() + images["feature_image"].square().mean()).backward()
+    still = [
+        name
+        for name, p in student.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.isfinite().all() or not p.grad.any())
+    ]
+    # The super-resolution adds no noise ('none'), so its strength has no say.
+    assert all("superresolution" in name and "noise_strength" in name for name in still), still
+
+
+def test_latent_and_pose_both_matter(teacher, student):
+    z, c = torch.randn(2, teacher.z_dim), CameraDistribution().sample(2)
+    ws = student.mapping(z, c)
+    image = student.render(ws, c)["feature_image"]
+    assert not torch.allclose(image[0], student.render(ws, c.flip(0))["feature_image"][0])
+    assert not torch.allclose(image[0], student.render(ws.flip(0), c)["feature_image"][0])
+    # Each image depends on its own row alone.
+    one = student.render(ws[:1], c[:1])["feature_image"]
+    # Convolutions of other batch sizes sum in another order.
+    torch.testing.assert_close(one, image[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_growing_goes_on_where_it_was(student):
+    ws, c = torch.randn(1, student.num_ws, student.w_dim), CameraDistribution().front()
+    small = student.render(ws, c, resolution=4)["feature_image"]
+    assert small.shape == (1, 32, 4, 4)
+    whole = student.render(ws, c)["feature_image"]
+    assert torch.equal(whole, fastgen.ops.upsample2d(small, student.renderer.b8.resample_filter))
+
+
+def test_conditioning_that_the_teacher_ignores(small_config):
+    kwargs = small_config["rendering_kwargs"] | {"c_gen_conditioning_zero": True}
+    teacher = Teacher(**small_config | {"rendering_kwargs": kwargs})
+    student = Student.from_teacher(teacher, "toy")
+    z, (a, b) = torch.randn(1, 8), CameraDistribution().sample(2).split(1)
+    assert torch.equal(student.mapping(z, a), student.mapping(z, b))
+    assert torch.equal(student.mapping(z, a), teacher.mapping(z, b))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(small_config, size):
+    with torch.device("meta"):
+        student = Student.from_teacher(Teacher(**small_config), size)
+    first = student.renderer.b4.conv1.weight
+    assert first.shape[0] == min(SIZES[size].channel_base // 4, SIZES[size].channel_max)
+
+
+def test_compact_has_a_narrower_super_resolution(small_config):
+    teacher = Teacher(**small_config | {"superresolution_kwargs": {"channels": [128, 16]}})
+    student = Student.from_teacher(teacher, "compact", channel_base=64)
+    assert student.config["superresolution_kwargs"]["channels"] == [64, 16]
+    assert student.superresolution.block0.conv1.weight.shape[0] == 64
+
+
+def test_file(teacher, student, tmp_path):
+    cameras = CameraDistribution(radius=1.7, kind="uniform")
+    checkpoint.save(tmp_path / "s.safetensors", "student", {"G": student}, {"camera": cameras.as_dict()})
+    loaded = fastgen.load_student(tmp_path / "s.safetensors")
+    assert loaded.config == student.config and loaded.camera == cameras
+    z, c = torch.randn(1, loaded.z_dim), loaded.camera.front()
+    assert torch.equal(loaded(z, c)["image"], student(z, c)["image"])
+    with pytest.raises(ValueError, match="it holds a student, expected a teacher"):
+        fastgen.load_teacher(tmp_path / "s.safetensors")
+
+
+def test_errors(teacher, student):
+    c = CameraDistribution().sample(2)
+    with pytest.raises(ValueError, match=r"Student.mapping: z must have shape .*, got \[2, 5\]"):
+        student.mapping(torch.randn(2, 5), c)
+    with pytest.raises(ValueError, match=r"Student.render: ws must have shape"):
+        student.synthesis(torch.randn(2, student.num_ws, 7), c)
+    with pytest.raises(ValueError, match=r"Student.render: c must have shape .* = \[1, 25\], got \[2, 25\]"):
+        student.synthesis(torch.randn(1, student.num_ws, student.w_dim), c)
+    with pytest.raises(ValueError, match="size must be one of full, compact, toy, got 'tiny'"):
+        Student.from_teacher(teacher, "tiny")
+    with pytest.raises(ValueError, match="pose_input must be 'mapping', got 'rays'"):
+        Student(pose_input="rays")
+    with pytest.raises(ValueError, match="img_resolution must be 128"):
+        Student.from_teacher(teacher, "toy", img_resolution=256)
