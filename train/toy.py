@@ -8,8 +8,8 @@ The heads are known exactly, so there is nothing adversarial here, only regressi
   image   patches of the feature image through the super-resolution, against jittered analytic pixels.
 One sample per pixel is enough: with a squared error the mean of its noise is the anti-aliased image.
 
-The schedule follows the clock (--minutes) or, repeatable to the bit, a number of steps (--steps). A run that was
-stopped goes on from its last checkpoint when it is started again with --resume.
+The schedule follows the clock (--minutes) or, repeatable to the bit, a number of steps (--steps). A run that
+was stopped goes on from its last checkpoint when it is started again with --resume.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen import camera, presets
+from fastgen import camera, checkpoint, ops, pictures, presets
 from fastgen.models.teacher import Teacher
 
 from . import scenes
@@ -33,6 +33,7 @@ from . import scenes
 HELD_OUT_SEED = 2**31
 # Densities are regressed as a clamped ramp across the surface, per world unit.
 SIGMA, SHELL = 200.0, 0.01
+LOG_EVERY = 25
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ def poses(n: int, generator: torch.Generator | None = None) -> Tensor:
 def picture(z: Tensor, c: Tensor, resolution: int, samples: int = 2) -> tuple[Tensor, Tensor]:
     """The analytic images of latents z [N, 16] from cameras c [N, 25], samples^2 rays a pixel.
 
-    Returns: image [N, 3, H, W] in [-1, 1]; depth [N, 1, H, W], the middle of each pixel, inf on the background.
+    Returns: image [N, 3, H, W] in [-1, 1]; depth [N, 1, H, W] at each pixel's middle, inf on the background.
     """
+
     def shade(size):
         colour, depth, mask = scenes.shade(scenes.heads(z), *camera.rays(c, size))
         depth = torch.where(mask, depth, torch.inf)
@@ -118,6 +120,10 @@ def build_teacher() -> Teacher:
         # The density has to span hundreds where colours span one.
         teacher.decoder.net[2].weight[0] *= 10
         teacher.decoder.net[2].bias[0] = -SIGMA / 4
+        # The pose is not used: its embedding stays 0, and z alone has to give w its variance.
+        mapping = teacher.backbone.mapping
+        mapping.embed.requires_grad_(False)
+        mapping.fc0.weight *= (mapping.fc0.weight.shape[1] / teacher.z_dim) ** 0.5
         for block in (teacher.superresolution.block0, teacher.superresolution.block1):
             block.torgb.weight.zero_()
     return teacher
@@ -150,6 +156,11 @@ class Draw:
         direction = F.normalize(self.normal(n, m, 3), dim=-1)
         return direction * radius * self.uniform(n, m, 1) ** (1 / 3)
 
+    def anywhere(self, n: int, m: int) -> Tensor:
+        """Points [n, m, 3]: two of three where heads are, the rest anywhere that a camera sees."""
+        few = m // 3
+        return torch.cat([self.ball(n, m - few, 0.3), (self.uniform(n, few, 3) - 0.5) * 0.8], 1)
+
 
 def aim(c: Tensor, targets: Tensor, jitter: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rays from cameras c [N, 25] through targets [N, R, 3], moved in the image plane by jitter [N, R, 2]."""
@@ -169,7 +180,7 @@ def field_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Ten
         near, _, hit = scenes.trace(h, *aim(c, draw.ball(n, half, 0.27)), steps=16)
         near = near + 0.006 * draw.normal(n, half, 3)
         target = scenes.colour(h, near)
-        points = torch.cat([near, draw.ball(n, config.points - half, scenes.RADIUS)], 1)
+        points = torch.cat([near, draw.anywhere(n, config.points - half)], 1)
         ramp = (scenes.distance(h, points) / -SHELL).clamp(-1, 1)
     ws = teacher.mapping(z, c, update_emas=True)
     sigma, rgb = teacher.sample(points, ws, noise_mode="none")
@@ -183,13 +194,14 @@ def ray_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Tenso
     n, r = config.latents, config.rays
     z, c = draw.normal(n, scenes.Z_DIM), draw.poses(n)
     pixel = presets.get("toy").camera.radius / (c[0, 16] * teacher.neural_rendering_resolution)
-    targets = draw.ball(n, r, 0.30)
+    targets = draw.anywhere(n, r)
     with torch.no_grad():
         jitter = (draw.uniform(n, r, 2) - 0.5) * pixel
         target, _, hit = scenes.shade(scenes.heads(z), *aim(c, targets, jitter))
     ws = teacher.mapping(z, c, update_emas=True)
     out = render(teacher, teacher.backbone_planes(ws, "none"), *aim(c, targets), draw)
-    return {"raw": (out.features[..., :3] - target).square().mean(), "mask": (out.weight - hit.float()).square().mean()}
+    mask = (out.weight - hit.float()).square().mean()
+    return {"raw": (out.features[..., :3] - target).square().mean(), "mask": mask}
 
 
 def image_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Tensor]:
@@ -220,7 +232,7 @@ def image_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Ten
 
 
 def patch_rays(c: Tensor, corner: Tensor, side: int, full: int, jitter: Tensor | None = None):
-    """Rays [N, side^2, 3] of a square of pixels of a full x full image; corner [N, 2] is its first pixel, x first."""
+    """Rays [N, side^2, 3] of a square of pixels of a full x full image, whose first is corner [N, 2]."""
     pose, k = camera.split_label(c)
     at = torch.arange(side, device=c.device) + 0.5
     v, u = torch.meshgrid(at, at, indexing="ij")
@@ -233,20 +245,21 @@ def patch_rays(c: Tensor, corner: Tensor, side: int, full: int, jitter: Tensor |
 
 def render(teacher: Teacher, planes: Tensor, origins: Tensor, directions: Tensor, draw: Draw | None):
     """Volume rendering of rays, at random depths or, without `draw`, at the deterministic midpoints."""
-    from fastgen import ops
-
     options = teacher.render_options
     u = (None, None)
     if draw is not None:
         shape = directions.shape[:2]
-        u = (draw.uniform(*shape, options["depth_resolution"], 1),
-             draw.uniform(*shape, options["depth_resolution_importance"]).sort(-1).values)
+        u = (
+            draw.uniform(*shape, options["depth_resolution"], 1),
+            draw.uniform(*shape, options["depth_resolution_importance"]).sort(-1).values,
+        )
     return ops.render_triplane(planes, teacher.decoder.effective(), origins, directions, options, *u)
 
 
 def learning_rate(config: ToyConfig, progress: float, step: int) -> float:
     """Linear over the first 100 steps, then a cosine to a fiftieth."""
-    return config.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return config.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * cosine)
 
 
 @torch.no_grad()
@@ -259,20 +272,18 @@ def evaluate(teacher: Teacher, z: Tensor, c: Tensor, truth: Tensor) -> tuple[dic
 
 def train(config: ToyConfig) -> Teacher:
     """One run; returns the averaged teacher, which is also in out/teacher.safetensors."""
-    from fastgen import pictures
-
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(best if config.device == "auto" else config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     out = pictures.prepare_folder(config.out)
     torch.manual_seed(config.seed)
     teacher, average = build_teacher().to(device), build_teacher().to(device)
     average.load_state_dict(teacher.state_dict())
-    mapping = list(teacher.backbone.mapping.parameters())
-    known = {id(p) for p in mapping}
-    rest = [p for p in teacher.parameters() if id(p) not in known]
-    adam = torch.optim.Adam([{"params": rest, "scale": 1.0}, {"params": mapping, "scale": config.lr_mapping}],
-                            lr=config.lr, betas=(0.9, 0.99))
+    mapping = [p for p in teacher.backbone.mapping.parameters() if p.requires_grad]
+    rest = [p for name, p in teacher.named_parameters() if not name.startswith("backbone.mapping")]
+    groups = [{"params": rest, "scale": 1.0}, {"params": mapping, "scale": config.lr_mapping}]
+    adam = torch.optim.Adam(groups, lr=config.lr, betas=(0.9, 0.99), eps=1e-10)
     draw = Draw(config.seed, device)
     step, before = 0, 0.0
     if config.resume:
@@ -286,9 +297,11 @@ def train(config: ToyConfig) -> Teacher:
 
     z, c = (t.to(device) for t in held_out(config.held_out))
     with torch.no_grad():
-        truth = torch.cat([picture(a, b, teacher.img_resolution)[0] for a, b in zip(z.split(4), c.split(4), strict=True)])
+        size = teacher.img_resolution
+        truth = torch.cat([picture(a, b, size)[0] for a, b in zip(z.split(4), c.split(4), strict=True)])
     start, sums, counted = time.monotonic(), {}, 0
-    stats = open(out / "stats.jsonl", "a" if config.resume else "w", buffering=1)
+    if not config.resume:
+        (out / "stats.jsonl").unlink(missing_ok=True)
 
     def seconds() -> float:
         return before + time.monotonic() - start
@@ -315,32 +328,35 @@ def train(config: ToyConfig) -> Teacher:
             sums[key] = sums.get(key, 0.0) + value.detach()
         counted += 1
         done = progress()
-        if step % 25 == 0 or done >= 1:
-            line = {"step": step, "seconds": round(seconds(), 1), "phase": phase, "lr": adam.param_groups[0]["lr"]}
+        report = step % config.report_every == 0 or done >= 1
+        if report or step % LOG_EVERY == 0:
+            line = {"step": step, "seconds": round(seconds(), 1), "phase": phase}
             line |= {key: float(value) / counted for key, value in sums.items()}
             sums, counted = {}, 0
-            if step % config.report_every == 0 or done >= 1:
+            if report:
                 measured, images = evaluate(average, z, c, truth)
                 line |= measured
-                pairs = [pictures.pixels(t[:8]) for t in (truth, images)]
-                pictures.save_png(out / f"grid_{step:06d}.png", pictures.sheet(pairs, ["analytic", "teacher"]))
-                state = {"teacher": teacher.state_dict(), "average": average.state_dict(), "adam": adam.state_dict(),
-                         "generator": draw.generator.get_state(), "step": step, "seconds": seconds()}
-                torch.save(state, out / "checkpoint.tmp")
-                (out / "checkpoint.tmp").replace(out / "checkpoint.pt")
-            stats.write(json.dumps(line) + "\n")
-            print(f"{100 * min(done, 1):5.1f} %  " + "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in line.items()
-            ), flush=True)
-    stats.close()
+                rows = [list(truth[:8]), list(images[:8])]
+                pictures.save_png(out / f"grid_{step:06d}.png", pictures.sheet(rows, ["analytic", "teacher"]))
+            with open(out / "stats.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            numbers = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
+            print(f"{100 * min(done, 1):5.1f} %", *numbers, sep="  ", flush=True)
+        if report:
+            state = {
+                "teacher": teacher.state_dict(),
+                "average": average.state_dict(),
+                "adam": adam.state_dict(),
+            }
+            state |= {"generator": draw.generator.get_state(), "step": step, "seconds": seconds()}
+            torch.save(state, out / "checkpoint.tmp")
+            (out / "checkpoint.tmp").replace(out / "checkpoint.pt")
     export(average, out / "teacher.safetensors")
     return average
 
 
 def export(teacher: Teacher, path: str | Path) -> None:
     """Write the teacher with its cameras, as `load_teacher` reads it."""
-    from fastgen import checkpoint
-
     checkpoint.save(path, "teacher", {"G": teacher}, {"camera": presets.get("toy").camera.as_dict()})
 
 
