@@ -50,7 +50,7 @@ def sample_triplane_reference(
 ) -> Tensor:
     """sample_triplane of differentiable ops."""
     grid = project(coordinates, projection).unflatten(-1, (3, 2)).transpose(1, 2)
-    out = grid_sample(planes.flatten(0, 1), grid.flatten(0, 1)[:, None]).unflatten(0, (-1, 3))
+    out = grid_sample(planes.flatten(0, 1), grid.flatten(0, 1)[:, None]).unflatten(0, (planes.shape[0], 3))
     out = out.squeeze(3).transpose(2, 3)
     return wide(out).mean(1).to(planes.dtype) if mean else out
 

@@ -1,0 +1,147 @@
+"""modulated_conv2d: against a weight for every sample, in every route, and where 16 bits would overflow."""
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from ops.checks import Case, OpChecks
+
+from fastgen import ops
+
+F4 = ops.setup_filter([1, 3, 3, 1])
+
+
+def case(name, x, w, noise=None, bias=None, f=None, **params):
+    inputs = {"x": x, "weight": w, "styles": x[:2], "noise": noise, "bias": bias, "resample_filter": f}
+    return Case(name, inputs, params, fixed=("resample_filter",))
+
+
+def definition(x, weight, styles, noise=None, bias=None, resample_filter=None, demodulate=True, **params):
+    """Sample by sample, with its own modulated and demodulated weight."""
+    tail = {k: params.pop(k) for k in ("act", "alpha", "clamp") if k in params}
+    if "act_gain" in params:
+        tail["gain"] = params.pop("act_gain")
+    outs = []
+    for n in range(x.shape[0]):
+        w = weight * styles[n, :, None, None]
+        if demodulate:
+            w = w / (w.square().sum([1, 2, 3], keepdim=True) + 1e-8).sqrt()
+        outs.append(ops.conv2d_resample(x[n : n + 1], w, resample_filter, **params))
+    y = torch.cat(outs)
+    return ops.bias_act(y if noise is None else y + noise, bias, **tail)
+
+
+class TestModulatedConv2d(OpChecks):
+    op = ops.modulated_conv2d
+    keeps_layout = False  # that is up to torch's convolutions
+    cases = [
+        case("up", (2, 3, 5, 6), (4, 3, 3, 3), (2, 1, 10, 12), (4,), F4, up=2, padding=1, flip_weight=False,
+             act="lrelu", clamp=1.5),
+        case("layer", (3, 3, 6, 5), (4, 3, 3, 3), (6, 5), (4,), padding=1, act="lrelu", act_gain=0.7),
+        case("to_rgb", (2, 5, 4, 6), (3, 5, 1, 1), None, (3,), demodulate=False, clamp=0.5),
+        case("down", (2, 3, 8, 8), (4, 3, 3, 3), (1, 4, 4, 4), None, F4, down=2, padding=1),
+        case("bare", (2, 3, 5, 6), (4, 3, 3, 3)),
+        case("noise_only", (2, 3, 5, 6), (4, 3, 2, 2), (4, 1), padding=[1, 0], demodulate=False, flip_weight=False),
+        case("swish", (2, 3, 5, 6), (4, 3, 3, 3), (2, 4, 5, 6), (4,), padding=1, act="swish", alpha=0.3),
+        case("one_sample", (1, 3, 5, 6), (4, 3, 3, 3), (1, 1, 5, 6), (4,), padding=1, act="lrelu"),
+        case("one_sample_up", (1, 3, 5, 6), (4, 3, 3, 3), None, (4,), F4, up=2, padding=1),
+        case("one_sample_few_pixels", (1, 3, 2, 2), (4, 3, 3, 3), None, (4,), padding=1, clamp=1.0),
+        case("one_sample_plain", (1, 3, 6, 6), (2, 3, 1, 1), (6, 6), demodulate=False),
+    ]  # fmt: skip
+    errors = [
+        ({"x": None}, TypeError, "modulated_conv2d: x must be a tensor, got NoneType"),
+        (
+            {"weight": torch.zeros(4, 5, 3, 3)},
+            ValueError,
+            "modulated_conv2d: x must have groups * I = 1 * 5 channels and O=4 be a multiple of groups, got C=3",
+        ),
+        (
+            {"styles": torch.zeros(2, 4)},
+            ValueError,
+            "modulated_conv2d: styles must have shape [N=2, I=3], got [2, 4]",
+        ),
+        (
+            {"styles": torch.zeros(3)},
+            ValueError,
+            "modulated_conv2d: styles must have 2 dimensions [N, I], got 1 ([3])",
+        ),
+        ({"bias": torch.zeros(3)}, ValueError, "modulated_conv2d: bias must have shape [O=4], got [3]"),
+        (
+            {"noise": torch.zeros(9, 12)},
+            ValueError,
+            "modulated_conv2d: noise must be broadcastable to the output [2, 4, 10, 12], got [9, 12]",
+        ),
+        (
+            {"resample_filter": torch.zeros(1, 2, 3)},
+            ValueError,
+            "modulated_conv2d: resample_filter must have 1 dimension [taps] or 2 dimensions [fh, fw],"
+            " got 3 ([1, 2, 3])",
+        ),
+        ({"clamp": -1}, ValueError, "modulated_conv2d: clamp must be at least 0, got -1"),
+        (
+            {"act": "gelu"},
+            ValueError,
+            "modulated_conv2d: act must be one of linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus,"
+            " swish, got 'gelu'",
+        ),
+        (
+            {"weight": torch.zeros(4, 3, 3, 3, dtype=torch.int8)},
+            TypeError,
+            "modulated_conv2d: weight must be float32 or bfloat16 or float16 or float64, got int8",
+        ),
+        (
+            {"noise": torch.zeros(1, device="meta")},
+            ValueError,
+            "modulated_conv2d: noise must be on cpu like x, got meta",
+        ),
+    ]
+
+    def emptied(self, inputs):
+        few = {k: inputs[k].detach()[:0].requires_grad_() for k in ("x", "styles")}
+        noise = inputs["noise"]
+        if noise is not None and noise.ndim == 4 and noise.shape[0] > 1:
+            few["noise"] = noise.detach()[:0].requires_grad_()
+        return {**inputs, **few}
+
+    def test_definition(self, case, device):
+        inputs = case.make(torch.float64, device)
+        assert_accurate(self.run(case, inputs), definition(**inputs, **case.params))
+
+    def test_autocast(self, few, device):
+        inputs = few.make(device=device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            out = self.run(few, inputs)
+        half = {**inputs, "x": inputs["x"].bfloat16()}
+        torch.testing.assert_close(out, self.run(few, half), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_16_bit_sums_do_not_overflow(samples):
+    # Sums of products here reach 1e9, and demodulated results 1e4; float16 ends at 65504.
+    x, w = 200 * torch.ones(samples, 64, 4, 4), 50 + torch.rand(8, 64, 3, 3)
+    styles = 100 + torch.rand(samples, 64)
+    got = ops.modulated_conv2d(x.half(), w, styles, padding=1)
+    exact = ops.modulated_conv2d(x.double(), w.double(), styles.double(), padding=1)
+    # Rounding x s and weight to 11 bits is 3 roundings of 2^-11, and the sums add one more.
+    assert got.isfinite().all()
+    assert (got - exact).abs().max() <= 4 * 2**-11 * exact.abs().max()
+
+
+def test_16_bit_gradients_do_not_see_the_scaling():
+    x, w, styles = torch.randn(2, 4, 5, 5), torch.randn(3, 4, 3, 3), torch.randn(2, 4) + 2
+    grads = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        inputs = [x.to(dtype), *(t.to(dtype) for t in (w, styles))]
+        inputs = [t.requires_grad_() for t in inputs]
+        out = ops.modulated_conv2d(*inputs, padding=1)
+        grads[dtype] = torch.autograd.grad(out.sum(), inputs)
+    for got, want in zip(grads[torch.bfloat16], grads[torch.float64], strict=True):
+        # A wrong factor would change all by percents of the largest; bfloat16 sums of 100 terms err by 2 %.
+        assert (got - want).abs().max() <= 0.03 * want.abs().max()
+
+
+def test_zero_styles_and_weights_give_zero_in_every_dtype():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        x = torch.randn(2, 3, 4, 4).to(dtype)
+        w, s = torch.zeros(4, 3, 3, 3), torch.zeros(2, 3)
+        assert not ops.modulated_conv2d(x, w, s + 1, padding=1).any()
+        assert not ops.modulated_conv2d(x, w + 1, s, padding=1).any()

@@ -1,0 +1,133 @@
+"""sample_triplane: against a plain loop over corners, in every convention of axes."""
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from ops.checks import Case, OpChecks
+
+from fastgen import ops
+
+# For each plane the coordinate along its columns and along its rows.
+AXES = {"eg3d": ["xy", "xz", "zx"], "fixed": ["xy", "xz", "zy"]}
+PERMUTED = torch.eye(3)[torch.tensor([[1, 2, 0], [2, 0, 1], [0, 2, 1]])]
+SHEARED = torch.tensor([[1.0, 0.5, 0], [0, 2, 0], [0.3, 0, 1]]).expand(3, 3, 3)
+
+
+def points(n, m):
+    # Cells' inner parts only: a derivative on an edge between pixels is not defined.
+    def make():
+        random = torch.Generator().manual_seed(3)
+        cell = torch.randint(-2, 12, (n, m, 3), generator=random)
+        return (cell + 0.25 + 0.5 * torch.rand(n, m, 3, generator=random)) / 10 - 0.5
+
+    return make
+
+
+def case(name, planes, m, axes="eg3d", **params):
+    inputs = {"planes": planes, "coordinates": points(planes[0], m)}
+    return Case(name, inputs, {"plane_axes": axes, **params})
+
+
+def definition(planes, coordinates, box_warp=1.0, plane_axes="eg3d", reduce=None):
+    n, _, c, h, w = planes.shape
+    out = planes.new_zeros(n, 3, coordinates.shape[1], c)
+    for p in range(3):
+        if isinstance(plane_axes, str):
+            column, row = (coordinates[..., "xyz".index(axis)] for axis in AXES[plane_axes][p])
+        else:
+            basis = plane_axes[p].to(planes).T.expand(n, 3, 3)
+            column, row, _ = torch.linalg.solve(basis, coordinates.transpose(1, 2)).unbind(1)
+        u, v = (column * 2 / box_warp + 1) * w / 2 - 0.5, (row * 2 / box_warp + 1) * h / 2 - 0.5
+        for i in range(n):
+            for j in range(w):
+                for k in range(h):
+                    tent = (1 - (u[i] - j).abs()).clamp(min=0) * (1 - (v[i] - k).abs()).clamp(min=0)
+                    out[i, p] += tent[:, None] * planes[i, p, :, k, j]
+    return out.mean(1) if reduce else out
+
+
+class TestSampleTriplane(OpChecks):
+    op = ops.sample_triplane
+    image = "planes"
+    cases = [
+        case("eg3d", (2, 3, 4, 5, 5), 30),
+        case("mean", (2, 3, 4, 6, 5), 30, "fixed", box_warp=0.8, reduce="mean"),
+        case("outside", (1, 3, 2, 5, 5), 40, box_warp=0.5),
+        case("permuted", (2, 3, 2, 5, 5), 20, PERMUTED, reduce="mean"),
+        case("sheared", (1, 3, 2, 4, 4), 60, SHEARED),
+        case("one_pixel", (2, 3, 1, 1, 1), 9),
+        case("no_points", (2, 3, 2, 4, 4), 0),
+    ]
+    errors = [
+        ({"planes": 1}, TypeError, "sample_triplane: planes must be a tensor, got int"),
+        (
+            {"planes": torch.zeros(2, 4, 8, 5, 5)},
+            ValueError,
+            "sample_triplane: planes must have shape [N, 3, C, H, W], got [2, 4, 8, 5, 5]",
+        ),
+        (
+            {"coordinates": torch.zeros(2, 3)},
+            ValueError,
+            "sample_triplane: coordinates must have 3 dimensions [N, M, 3], got 2 ([2, 3])",
+        ),
+        (
+            {"coordinates": torch.zeros(1, 4, 3)},
+            ValueError,
+            "sample_triplane: coordinates must have shape [N=2, M, 3], got [1, 4, 3]",
+        ),
+        ({"box_warp": 0}, ValueError, "sample_triplane: box_warp must be positive, got 0"),
+        (
+            {"plane_axes": "xyz"},
+            ValueError,
+            "sample_triplane: plane_axes must be 'eg3d', 'fixed' or a tensor [3, 3, 3], got 'xyz'",
+        ),
+        (
+            {"plane_axes": torch.zeros(2, 3, 3)},
+            ValueError,
+            "sample_triplane: plane_axes must have shape [3, 3, 3], got [2, 3, 3]",
+        ),
+        (
+            {"plane_axes": torch.zeros(3, 3, 3)},
+            ValueError,
+            f"sample_triplane: plane_axes must be invertible, got {torch.zeros(3, 3, 3).tolist()}",
+        ),
+        ({"reduce": "sum"}, ValueError, "sample_triplane: reduce must be None or 'mean', got 'sum'"),
+        (
+            {"coordinates": torch.zeros(2, 4, 3, dtype=torch.int64)},
+            TypeError,
+            "sample_triplane: coordinates must be float32 or bfloat16 or float16 or float64, got int64",
+        ),
+        (
+            {"coordinates": torch.zeros(2, 4, 3, device="meta")},
+            ValueError,
+            "sample_triplane: coordinates must be on cpu like planes, got meta",
+        ),
+    ]
+
+    def emptied(self, inputs):
+        return {k: x.detach()[:0].requires_grad_() for k, x in inputs.items()}
+
+    def test_definition(self, case, device):
+        inputs = case.make(torch.float64, device)
+        assert_accurate(self.run(case, inputs), definition(**inputs, **case.params))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_planes_keep_float32_positions(dtype):
+    # Rounding positions to bfloat16 would move samples by a pixel of these planes.
+    ramp = torch.linspace(0, 1, 256).expand(1, 3, 1, 256, 256).to(dtype)
+    coordinates = torch.rand(1, 100, 3) - 0.5
+    got = ops.sample_triplane(ramp, coordinates)
+    assert_accurate(got, ops.sample_triplane(ramp.double(), coordinates.double()), got.float().to(dtype))
+
+
+def test_axes_as_a_tensor_are_the_named_ones():
+    x, y, z = torch.eye(3)
+    tensors = {
+        "eg3d": torch.stack([torch.stack(rows) for rows in ((x, y, z), (x, z, y), (z, x, y))]),
+        "fixed": torch.stack([torch.stack(rows) for rows in ((x, y, z), (x, z, y), (z, y, x))]),
+    }
+    planes, coordinates = torch.randn(1, 3, 2, 5, 5), torch.rand(1, 20, 3) - 0.5
+    for name, axes in tensors.items():
+        named = ops.sample_triplane(planes, coordinates, plane_axes=name)
+        torch.testing.assert_close(ops.sample_triplane(planes, coordinates, plane_axes=axes), named)
