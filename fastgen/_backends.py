@@ -8,6 +8,7 @@ dispatcher then falls back to Triton or to the reference, and `status` keeps the
 import contextlib
 import ctypes
 import importlib
+import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -88,7 +89,7 @@ def _triton_status() -> tuple[bool, str]:
         return False, "triton is not installed"
     if not torch.cuda.is_available():
         return False, "no CUDA device is visible"
-    return True, f"triton {importlib.import_module('triton').__version__}"
+    return True, f"triton {importlib.metadata.version('triton')}"
 
 
 def served(op: str) -> dict[str, tuple[str, str]]:

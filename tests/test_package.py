@@ -1,0 +1,151 @@
+"""The package as it installs and imports: what it holds, what loads, what happens where parts are missing."""
+
+import ast
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import torch
+
+from fastgen import _backends
+
+ROOT = Path(__file__).parents[1]
+COMPILED = ("upfirdn2d", "bias_act", "bias_act_bwd", "bias_act_bwd2")
+
+
+def run(code: str, **environment) -> str:
+    """What a fresh interpreter prints when it runs `code` in the checkout."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_cpu_library_serves_its_ops():
+    usable, where = _backends.status()["cpu"]
+    assert usable, where
+    import fastgen.ops  # noqa: F401  (defines the ops)
+
+    for op in COMPILED:
+        assert _backends.served(op)["cpu"] == ("cpu", "")
+    assert _backends.served("fma")["cpu"][0] == "reference"
+
+
+def test_status_gives_a_reason_for_what_is_missing():
+    found = _backends.status()
+    assert set(found) == {"cpu", "cuda", "triton", "reference"}
+    assert found["reference"] == (True, "")
+    for usable, reason in found.values():
+        assert usable or reason
+
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name in {names}: raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_without_compiled_libraries_the_reference_serves():
+    code = BLOCK.format(names=("fastgen._cpu", "fastgen._cuda")) + (
+        "import torch, fastgen\n"
+        "from fastgen import _backends, ops\n"
+        "x = torch.arange(8.).reshape(1, 2, 2, 2)\n"
+        "print(_backends.status()['cpu'][0], _backends.served('bias_act')['cpu'][0])\n"
+        "print(ops.bias_act(x, torch.ones(2), act='relu', gain=1).sum().item())\n"
+        "print(ops.upsample2d(x, ops.setup_filter([1, 3, 3, 1])).shape[-1])\n"
+    )
+    assert run(code).split() == ["False", "reference", "36.0", "4"]
+
+
+def test_broken_library_is_reported_with_its_reason(tmp_path):
+    # A library of the right name that the loader refuses.
+    (tmp_path / "_cpu.abi3.so").write_bytes(b"not a library")
+    code = (
+        "import sys, importlib.util, importlib.machinery as m\n"
+        "class Broken:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'fastgen._cpu':\n"
+        f"            file = {str(tmp_path / '_cpu.abi3.so')!r}\n"
+        "            loader = m.ExtensionFileLoader(name, file)\n"
+        "            return importlib.util.spec_from_file_location(name, file, loader=loader)\n"
+        "sys.meta_path.insert(0, Broken())\n"
+        "from fastgen import _backends\n"
+        "usable, reason = _backends.status()['cpu']\n"
+        "print(usable, 'file too short' in reason or 'invalid ELF' in reason, torch_version in reason)\n"
+    ).replace("torch_version", repr(torch.__version__))
+    assert run(code) == "False True True"
+
+
+def test_import_needs_no_compiler_and_no_triton():
+    blocked = ("triton", "torch.utils.cpp_extension", "setuptools", "ninja")
+    code = BLOCK.format(names=blocked) + (
+        "from fastgen import _backends, ops\nprint(_backends.status()['triton'])\n"
+    )
+    assert "False" in run(code, PATH="/nowhere")
+
+
+def test_import_is_light():
+    heavy = "torchvision lpips tyro matplotlib torchmetrics imageio tensorboard fastgen.train fastgen.models"
+    code = (
+        "import torch, sys\nbefore = set(sys.modules)\nimport fastgen\n"
+        f"print([name for name in {heavy.split()!r} if name in set(sys.modules) - before])\n"
+    )
+    assert run(code) == "[]"
+
+
+def test_package_map_has_every_package():
+    """Every folder with Python code in it is in the wheel, below `fastgen` and nothing else."""
+    code = (
+        "import sys, setuptools\n"
+        "setuptools.setup = lambda **given: print(given['packages'], given['package_dir'], sep='|')\n"
+        "sys.argv = ['setup.py']\nimport runpy\nrunpy.run_path('setup.py')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    packages, folders = (ast.literal_eval(part) for part in done.stdout.strip().splitlines()[-1].split("|"))
+    assert {name.split(".")[0] for name in packages} == {"fastgen"}
+    files = {
+        path.parent.relative_to(ROOT)
+        for folder in ("fastgen", "kernels", "train")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    mapped = {Path(folders[name]) if name in folders else Path(*name.split(".")) for name in packages}
+    assert mapped == files
+
+
+def test_source_distribution_holds_what_the_build_needs(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {"/".join(name.split("/")[1:]) for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert sources | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "kernels/__init__.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_keep_memory_reuses_pages():
+    # 40 MiB is above what glibc keeps on its own. The heap needs some rounds to settle, so the last ones count.
+    code = (
+        "import resource, torch, fastgen\n"
+        "works = {keep} and fastgen.keep_memory()\n"
+        "for i in range(20):\n"
+        "    if i == 16: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.empty(10 << 20).fill_(1)\n"
+        "print(works, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    works, kept = run(code.format(keep=True)).split()
+    fresh = run(code.format(keep=False)).split()[1]
+    if works == "True":
+        assert int(kept) < int(fresh) / 4
