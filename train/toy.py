@@ -173,35 +173,46 @@ def aim(c: Tensor, targets: Tensor, jitter: Tensor | None = None) -> tuple[Tenso
 
 def field_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Tensor]:
     """Densities around and colours at the surface, without rendering."""
-    n, half = config.latents, config.points // 2
-    z, c = draw.normal(n, scenes.Z_DIM), draw.poses(n)
+    z, c = draw.normal(config.latents, scenes.Z_DIM), draw.poses(config.latents)
+    planes = teacher.backbone_planes(teacher.mapping(z, c, update_emas=True), "none")
+    return field_terms(teacher, planes, scenes.heads(z), c, config.points, draw)
+
+
+def field_terms(teacher: Teacher, planes: Tensor, h: scenes.Heads, c: Tensor, count: int, draw: Draw):
+    """The field phase's losses at `count` points per head, half of them near the surface that c sees."""
+    n, half = len(c), count // 2
     with torch.no_grad():
-        h = scenes.heads(z)
         near, _, hit = scenes.trace(h, *aim(c, draw.ball(n, half, 0.27)), steps=16)
         near = near + 0.006 * draw.normal(n, half, 3)
         target = scenes.colour(h, near)
-        points = torch.cat([near, draw.anywhere(n, config.points - half)], 1)
+        points = torch.cat([near, draw.anywhere(n, count - half)], 1)
         ramp = (scenes.distance(h, points) / -SHELL).clamp(-1, 1)
-    ws = teacher.mapping(z, c, update_emas=True)
-    sigma, rgb = teacher.sample(points, ws, noise_mode="none")
+    options = teacher.render_options
+    features = ops.sample_triplane(planes, points, options["box_warp"], options["plane_axes"], reduce="mean")
+    sigma, rgb = teacher.decoder(features)
     density = (sigma[..., 0] / SIGMA - ramp).square().mean()
     colour = ((rgb[:, :half, :3] * 2 - 1 - target).square() * hit).mean() * 2
     return {"density": density, "colour": colour}
 
 
 def ray_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Tensor]:
-    """Volume-rendered single rays; the analytic ray is anywhere in the pixel around."""
+    """Volume-rendered single rays, each against one anywhere in its pixel; and a little of the field."""
     n, r = config.latents, config.rays
     z, c = draw.normal(n, scenes.Z_DIM), draw.poses(n)
     pixel = presets.get("toy").camera.radius / (c[0, 16] * teacher.neural_rendering_resolution)
-    targets = draw.anywhere(n, r)
+    targets, h = draw.anywhere(n, r), scenes.heads(z)
     with torch.no_grad():
         jitter = (draw.uniform(n, r, 2) - 0.5) * pixel
-        target, _, hit = scenes.shade(scenes.heads(z), *aim(c, targets, jitter))
-    ws = teacher.mapping(z, c, update_emas=True)
-    out = render(teacher, teacher.backbone_planes(ws, "none"), *aim(c, targets), draw)
-    mask = (out.weight - hit.float()).square().mean()
-    return {"raw": (out.features[..., :3] - target).square().mean(), "mask": mask}
+        target, _, hit = scenes.shade(h, *aim(c, targets, jitter))
+    planes = teacher.backbone_planes(teacher.mapping(z, c, update_emas=True), "none")
+    out = render(teacher, planes, *aim(c, targets), draw)
+    field = field_terms(teacher, planes, h, c, config.points // 2, draw)
+    return {
+        "raw": (out.features[..., :3] - target).square().mean(),
+        "mask": (out.weight - hit.float()).square().mean(),
+        "density": 0.1 * field["density"],
+        "colour": 0.5 * field["colour"],
+    }
 
 
 def image_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Tensor]:
