@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def assert_accurate(got: Tensor, exact: Tensor, same_dtype: Tensor | None = None, what: str = "result") -> None:
+def assert_accurate(
+    got: Tensor, exact: Tensor, same_dtype: Tensor | None = None, what: str = "result"
+) -> None:
     """max|got - exact| <= 2 max|same_dtype - exact| + 4 eps max|exact|, eps of got's dtype.
 
     exact: the reference in float64; same_dtype: the reference in got's dtype (None: it is taken to be exact).

@@ -23,7 +23,7 @@ def test_choosing_what_is_missing_raises_with_the_reason():
         with pytest.raises(RuntimeError) as error:
             fastgen.backend(name)
         assert str(error.value) == f"backend {name!r} is not available: {reason}"
-    with pytest.raises(ValueError, match="backend must be one of auto, cpu, cuda, triton, reference, got 'gpu'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, cpu, .*, reference, got 'gpu'"):
         fastgen.backend("gpu")
 
 
