@@ -69,7 +69,7 @@ def forward(planes, w1, b1, w2, b2, ray_origins, ray_directions, depths, u_fine,
     n, r, s = depths.shape
     scene = _Scene(planes, w1, b1, w2, b2, ray_origins, ray_directions, matrix)
     coarse = depths.reshape(n * r, s)
-    u_fine = None if u_fine is None else u_fine.reshape(n * r, -1)
+    u_fine = None if u_fine is None else u_fine.reshape(n * r, u_fine.shape[2])
     kept = coarse.new_empty(n * r, s + (0 if u_fine is None else u_fine.shape[1]))
     features = kept.new_empty(n * r, w2.shape[0] - 1)
     weight, total = kept.new_empty(2, n * r, 1)

@@ -95,7 +95,7 @@ class TestModulatedConv2d(OpChecks):
         ),
     ]
 
-    def emptied(self, inputs):
+    def emptied(self, case, inputs):
         few = {k: inputs[k].detach()[:0].requires_grad_() for k in ("x", "styles")}
         noise = inputs["noise"]
         if noise is not None and noise.ndim == 4 and noise.shape[0] > 1:

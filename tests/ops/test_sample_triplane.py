@@ -104,7 +104,7 @@ class TestSampleTriplane(OpChecks):
         ),
     ]
 
-    def emptied(self, inputs):
+    def emptied(self, case, inputs):
         return {k: x.detach()[:0].requires_grad_() for k, x in inputs.items()}
 
     def test_definition(self, case, device):
