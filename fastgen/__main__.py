@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .camera import CameraDistribution
 
 # So that --help shows what a value looks like.
-Int = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 Png = Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")]
 Mp4 = Annotated[Path | None, tyro.conf.arg(metavar="FILE.mp4")]
 
@@ -58,7 +57,7 @@ class Info:
             for device, by in devices.items():
                 unusable = by["why"] == found["backends"][device]["why"]
                 if by["backend"] == "reference":
-                    why.append(f"{device}: {'its library is not usable, see above' if unusable else by['why']}")
+                    why.append(f"{device}: {'library not usable, see above' if unusable else by['why']}")
             rows.append([op, *(by["backend"] for by in devices.values()), "; ".join(why)])
         print(_table(["op", *(f"on {device}" for device in devices), "why the reference"], rows))
 
@@ -77,19 +76,22 @@ class Convert:
 
         pictures.prepare(self.out, ".safetensors")
         header = checkpoint.convert(self.source, self.out)
-        rows = []
-        for name, module in (("G", fastgen.load_teacher(self.out)), ("D", fastgen.load_discriminator(self.out))):
-            if module is not None:
-                size = f"{sum(p.numel() for p in module.parameters()):,} parameters"
-                rows.append([name, f"{header[name]['class']}, {module.img_resolution} x {module.img_resolution}, {size}"])
-        config = header["G"]["config"]
-        rows += [
-            ["neural rendering", f"{config['neural_rendering_resolution']} x {config['neural_rendering_resolution']}"],
-            ["super-resolution", config["superresolution"]],
+        teacher, discriminator = fastgen.load_teacher(self.out), fastgen.load_discriminator(self.out)
+        rows = [
+            ["generator", _size(teacher)],
+            ["discriminator", _size(discriminator) if discriminator else "none in the file"],
+            [
+                "image",
+                f"{teacher.img_resolution} x {teacher.img_resolution}, {teacher.config['superresolution']}",
+            ],
+            [
+                "volume rendering",
+                f"{teacher.neural_rendering_resolution} x {teacher.neural_rendering_resolution}",
+            ],
             ["plane axes", header["plane_axes"]],
-            ["source SHA-256", header["source_sha256"]],
+            ["source SHA-256", header["source_sha256"] or "unknown"],
         ]
-        print(_table([str(self.out), header["kind"]], rows))
+        print(_table([header["kind"], str(self.out)], rows))
 
 
 @dataclass(frozen=True)
@@ -144,33 +146,34 @@ class Render:
         with torch.inference_mode():
             # The mapping sees the front pose throughout, so that the identity doesn't turn with the camera.
             z, front = pictures.latents(seeds, model.z_dim).to(device), cameras.front().to(device)
-            ws = [model.mapping(z[i : i + 1], front, truncation_psi=self.truncation) for i in range(len(seeds))]
+            ws = [model.mapping(latent, front, truncation_psi=self.truncation) for latent in z.split(1)]
             if self.image:
                 for seed, w in zip(seeds, ws, strict=True):
-                    path = self.image if len(seeds) == 1 else self.image.with_stem(f"{self.image.stem}-{seed}")
-                    pictures.save_png(path, pictures.pixels(next(pictures.views(model, w, front)))[0])
+                    stem = self.image.stem if len(seeds) == 1 else f"{self.image.stem}-{seed}"
+                    path = self.image.with_stem(stem)
+                    pictures.save_png(path, next(pictures.views(model, w, front)))
                     print(path)
             if self.grid:
                 c, columns = pictures.sweep(cameras, self.poses)
-                rows = [[pictures.pixels(view)[0] for view in pictures.views(model, w, c.to(device))] for w in ws]
+                rows = [list(pictures.views(model, w, c.to(device))) for w in ws]
                 names = [f"seed {seed}" for seed in seeds]
                 pictures.save_png(self.grid, pictures.sheet(rows, names, [columns], self._title()))
                 print(self.grid)
             if self.orbit:
-                pictures.save_mp4(self.orbit, self._film(model, ws, seeds, cameras.orbit(self.frames).to(device)), self.fps)
+                film = self._film(model, ws, seeds, cameras.orbit(self.frames).to(device))
+                pictures.save_mp4(self.orbit, film, self.fps)
                 print(self.orbit)
 
     def _film(self, model, ws: list[torch.Tensor], seeds: list[int], c: torch.Tensor):
         from . import pictures
 
-        def in_rows(items: list) -> list[list]:
+        def in_rows(items) -> list:
             return [items[i : i + 4] for i in range(0, len(items), 4)]
 
         captions = in_rows([f"seed {seed}" for seed in seeds])
         tracks = [pictures.views(model, w, c) for w in ws]
         for views in pictures.progress(zip(*tracks, strict=True), len(c), "orbit"):
-            images = [pictures.pixels(view)[0] for view in views]
-            yield pictures.sheet(in_rows(images), captions=captions, title=self._title())
+            yield pictures.sheet(in_rows(views), captions=captions, title=self._title())
 
     def _title(self) -> str:
         psi = f", truncation {self.truncation:g}" if self.truncation != 1 else ""
@@ -182,16 +185,14 @@ class Demo:
     """Distil the toy teacher into a student, both stages, in minutes; measure, film and report."""
 
     out: Path = Path("out/demo")
-    """Folder for report.md, side_by_side.png, orbit.mp4, curves.png, metrics.json, student.safetensors; what an
-    earlier demo left there is replaced."""
+    """Folder for report.md, side_by_side.png, orbit.mp4, curves.png, metrics.json, student.safetensors; what
+    an earlier demo left there is replaced."""
     teacher: str = "toy"
     """'toy' (shipped), or any small teacher's .safetensors or .pkl."""
     minutes: float = 8.0
     """Time budget. On a machine too slow for the full length, both stages are shortened alike to keep it."""
-    stage1_steps: Int = None
-    """Steps of stage 1, reconstruction only; None: the preset's, or fewer by the time budget."""
-    stage2_steps: Int = None
-    """Steps of stage 2, with the adversarial loss; None: likewise."""
+    length: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Training length as a share of the full one; None: 1, or less to keep to the budget."""
     images: int = 128
     """Held-out images to measure on."""
     frames: int = 120
@@ -199,25 +200,23 @@ class Demo:
     perceptual_weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE.pth")] = None
     """torchvision's vgg16 weights on disk, to report LPIPS; without, random VGG16 features, and so named."""
     seed: int = 0
-    """Fixes everything drawn at random; with the numbers of steps, it fixes the student."""
+    """Fixes everything drawn at random; with the length, it fixes the student."""
     device: str = "auto"
     """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
 
     def __post_init__(self):
-        for name in ("stage1_steps", "stage2_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("images", "frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.minutes > 0:
-            raise ValueError(f"minutes must be above 0, got {self.minutes}")
+        for name in ("minutes", "length"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1000:
+                raise ValueError(f"{name} must be above 0, got {value}")
 
     def run(self):
         from .train import demo
 
-        demo.run(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        demo.run(**_values(self, Demo))
 
 
 @dataclass(frozen=True)
@@ -235,9 +234,8 @@ class Train(TrainConfig):
         if self.teacher != "toy" and not Path(self.teacher).is_file():
             raise FileNotFoundError(f"{self.teacher}: no such checkpoint file")
         pictures.prepare_folder(self.out)
-        config = TrainConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)})
-        run = distil(config)
-        print(f"{run.out / 'student.safetensors'}  step {run.step} of {config.steps}")
+        run = distil(TrainConfig(**_values(self, TrainConfig)))
+        print(f"{run.out / 'student.safetensors'}: step {run.step} of {self.steps}")
         if run.interrupted:
             print("stopped early; --resume goes on from here", file=sys.stderr)
             sys.exit(130)
@@ -308,7 +306,7 @@ def find_cameras(model: torch.nn.Module, name: str) -> CameraDistribution:
     if name != "auto":
         return presets.get(name).camera
     if model.camera is None:
-        raise ValueError(f"the file doesn't say where to look from; give --camera {'|'.join(presets.PRESETS)}")
+        raise ValueError(f"the file names no poses; give --camera, one of {', '.join(presets.PRESETS)}")
     return model.camera
 
 
@@ -334,8 +332,10 @@ def _parse(argv: list[str]):
         # tyro draws a box of several lines; what it says is told in one.
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                Info | Convert | Render | train | Demo, prog="fastgen", args=argv,
-                description="Fast 3D-aware image generation: run NeRF-GANs, and distil them into convolutions.",
+                Info | Convert | Render | train | Demo,
+                prog="fastgen",
+                args=argv,
+                description="Fast 3D-aware image generation: NeRF-GANs, and students distilled from them.",
             )
     except SystemExit as end:
         if not end.code:
@@ -346,8 +346,9 @@ def _parse(argv: list[str]):
 def _one_line(box: str) -> str:
     """What tyro says in a box, without the box, the hints on help, and class names."""
     title, *lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
-    lines = [re.sub(r"^│ | *│$", "", line) for line in lines[:-1]]
-    rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
+    # The box is of ASCII where the terminal knows no better.
+    lines = [re.sub(r"^[│|] | *[│|]$", "", line) for line in lines[:-1]]
+    rule = next((i for i, line in enumerate(lines) if line and set(line) <= {"─", "-"}), len(lines))
     what, more = " ".join(line.strip() for line in lines[:rule]), lines[rule:]
     # Options are indented, and their descriptions more so.
     if "Required options" in title:
@@ -365,13 +366,23 @@ def _complain(argv: list[str], message: str, code: int = 2) -> int:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    table = [head, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
 
 
 def _shown(value) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value is None else str(value)
+    if isinstance(value, list):
+        value = ", ".join(value)
+    return str(value or "none")
+
+
+def _size(module: torch.nn.Module) -> str:
+    return f"{type(module).__name__}, {sum(p.numel() for p in module.parameters()):,} parameters"
+
+
+def _values(options, cls: type) -> dict:
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is installed here, what machine this is, and which backend serves each op: `fastgen info`, and reports."""
+"""What is installed, what machine this is, and which backend serves each op: `fastgen info`, and reports."""
 
 from __future__ import annotations
 
@@ -53,18 +53,17 @@ def served() -> dict[str, dict[str, dict[str, str]]]:
     """Per op and device type: the backend that serves it, and why not a faster one."""
     from . import ops  # noqa: F401  (registers them)
 
-    names = sorted(name.removeprefix("fastgen::") for name in torch._C._dispatch_get_all_op_names()
-                   if name.startswith("fastgen::") and "." not in name)
+    names = [n.split("::") for n in torch._C._dispatch_get_all_op_names()]
     return {
-        name: {device: {"backend": backend, "why": why} for device, (backend, why) in _backends.served(name).items()}
-        for name in names
+        op: {device: {"backend": by, "why": why} for device, (by, why) in _backends.served(op).items()}
+        for op in sorted(name for space, name in names if space == "fastgen" and "." not in name)
     }
 
 
 def summary() -> str:
     """Machine and versions in one line, to stand below a table."""
     here, has = machine(), versions()
-    where = here["gpus"] or [f"{here['cpu']}, {here['cores']} cores"]
+    where = here["gpus"] or [f"{here['cpu']}, {here['cores']} cores, threads: {here['threads']}"]
     commit = f", commit {has['commit']}" if has["commit"] else ""
     return f"{where[0]}; torch {has['torch']}, Python {has['python']}, fastgen {has['fastgen']}{commit}"
 
@@ -74,13 +73,15 @@ def commit() -> str | None:
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
+
+    def git(*command: str) -> str:
+        answer = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=True)
+        return answer.stdout.strip()
+
     try:
-        git = ["git", "-C", str(root)]
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
 def _installed(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What to look at, from where, and how it is shown: labelled sheets of images as PNG, films of them as MP4."""
+"""What to look at, from where, and how it is shown: labelled sheets as PNG, films as MP4."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 def latents(seeds: Sequence[int], z_dim: int) -> Tensor:
     """Latents [N, z_dim] of seeds."""
-    # The stream of numpy's old generator is frozen: a seed is the same latent in every version and on every machine.
+    # The stream of numpy's old generator is frozen: a seed is the same latent everywhere, for good.
     return torch.from_numpy(np.stack([np.random.RandomState(s).randn(z_dim) for s in seeds])).float()
 
 
@@ -49,14 +49,16 @@ def views(
             yield model.super_resolve(model.render(planes, pose)["feature_image"], ws)
 
 
-def pixels(images: Tensor) -> np.ndarray:  # [N, 3, H, W] in [-1, 1]
-    """Images as bytes [N, H, W, 3]."""
+def pixels(images: Tensor) -> np.ndarray:  # [..., 3, H, W] in [-1, 1]
+    """Images as bytes [..., H, W, 3]."""
     scaled = (images.detach().float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return scaled.round().byte().movedim(-3, -1).cpu().numpy()
 
 
 def sheet(
-    rows: Sequence[Sequence[np.ndarray]],  # rows of images [H, W, 3], bytes, all of one size
+    rows: Sequence[
+        Sequence[Tensor | np.ndarray]
+    ],  # rows of images [3, H, W] or [1, 3, H, W], or bytes [H, W, 3]
     labels: Sequence[str] = (),
     captions: Sequence[Sequence[str]] = (),
     title: str = "",
@@ -69,6 +71,7 @@ def sheet(
     """
     from PIL import Image, ImageDraw
 
+    rows = [[_bytes(image) for image in row] for row in rows]
     height, width = (scale * n for n in rows[0][0].shape[:2])
     gap, pad = 4, 8
     font, heading = _font(min(max(height // 9, 12), 24)), _font(min(max(height // 7, 14), 30))
@@ -82,19 +85,20 @@ def sheet(
     across = left + max(len(row) for row in rows) * (width + gap)
     # H.264 halves the colour's resolution, so sizes are even.
     size = (max(across, _width(heading, title) + 2 * pad), y + gap)
-    image = Image.new("RGB", tuple(n + n % 2 for n in size), PAPER)
-    draw = ImageDraw.Draw(image)
+    paper = Image.new("RGB", tuple(n + n % 2 for n in size), PAPER)
+    draw = ImageDraw.Draw(paper)
     draw.text((pad, pad // 2), title, INK, heading)
     for i, row in enumerate(rows):
         if labels:
             draw.text((left - pad, tops[i] + height // 2), labels[i], INK, font, anchor="rm")
-        for j, picture in enumerate(row):
+        for j, image in enumerate(row):
             x = left + j * (width + gap)
             if i < len(captions):
                 draw.text((x + width // 2, tops[i] - line // 2), captions[i][j], INK, font, anchor="mm")
-            picture = Image.fromarray(picture)
-            image.paste(picture if scale == 1 else picture.resize((width, height), Image.BICUBIC), (x, tops[i]))
-    return np.asarray(image)
+            picture = Image.fromarray(image)
+            picture = picture if scale == 1 else picture.resize((width, height), Image.Resampling.BICUBIC)
+            paper.paste(picture, (x, tops[i]))
+    return np.asarray(paper)
 
 
 def progress(items: Iterable, total: int, name: str) -> Iterable:
@@ -104,18 +108,19 @@ def progress(items: Iterable, total: int, name: str) -> Iterable:
     return track(items, name, total, transient=True, disable=not sys.stdout.isatty())
 
 
-def save_png(path: str | Path, picture: np.ndarray):  # [H, W, 3] bytes
-    """Write one picture."""
+def save_png(path: str | Path, picture: Tensor | np.ndarray):
+    """Write an image, [3, H, W] or [1, 3, H, W] in [-1, 1], or a sheet's bytes."""
     from PIL import Image
 
-    Image.fromarray(picture).save(prepare(path, ".png"))
+    Image.fromarray(_bytes(picture)).save(prepare(path, ".png"))
 
 
 def save_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: int = 30):  # [H, W, 3] bytes, even sizes
     """Write a film (H.264), frame by frame as they come."""
     import imageio
 
-    with imageio.get_writer(prepare(path, ".mp4"), fps=fps, codec="libx264", quality=8, macro_block_size=2) as film:
+    options = {"fps": fps, "codec": "libx264", "quality": 8, "macro_block_size": 2}
+    with imageio.get_writer(prepare(path, ".mp4"), **options) as film:
         for frame in frames:
             film.append_data(frame)
 
@@ -144,6 +149,10 @@ def prepare_folder(path: str | Path) -> Path:
     except OSError as error:
         raise type(error)(f"can't write to the folder {path}: {error.strerror}") from None
     return path
+
+
+def _bytes(image: Tensor | np.ndarray) -> np.ndarray:
+    return pixels(image.reshape(image.shape[-3:])) if isinstance(image, Tensor) else image
 
 
 def _font(size: int):

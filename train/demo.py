@@ -34,8 +34,7 @@ def run(
     out: str | Path,
     teacher: str = "toy",
     minutes: float = 8.0,
-    stage1_steps: int | None = None,
-    stage2_steps: int | None = None,
+    length: float | None = None,
     images: int = 128,
     frames: int = 120,
     perceptual_weights: str | Path | None = None,
@@ -55,10 +54,8 @@ def run(
         out=str(pictures.prepare_folder(out / "run")),
         seed=seed,
         device=device,
-        stage1_steps=PRESETS["toy"].stage1_steps if stage1_steps is None else stage1_steps,
-        stage2_steps=PRESETS["toy"].stage2_steps if stage2_steps is None else stage2_steps,
         log_every=5,
-        grid_every=25,
+        grid_every=50,
         checkpoint_every=0,
         tensorboard=False,
     )
@@ -68,20 +65,18 @@ def run(
     if teacher.camera is None:
         raise ValueError(f"{config.teacher}: the file doesn't say where its cameras stand")
 
+    # A teacher whose feature map is small needs no phases that lead up to a larger one.
+    growth = tuple(phase for phase in config.growth if phase[0] < teacher.neural_rendering_resolution)
+    config = dataclasses.replace(config, growth=growth)
+
     print(f"[1/4] {name}: {_size(teacher)}; how fast is this machine?", flush=True)
     # What is left of the budget when measuring, pictures and film are done.
     end = started + 60 * minutes - _seconds_afterwards(teacher, images, frames)
-    share = 1.0
-    if stage1_steps is None or stage2_steps is None:
-        share = _share(config, teacher, end)
-        config = dataclasses.replace(
-            config,
-            stage1_steps=math.ceil(config.stage1_steps * share),
-            stage2_steps=math.ceil(config.stage2_steps * share),
-        )
-
-    fitted = "" if share == 1 else f" ({share:.0%} of the full length, to keep to {minutes:g} minutes)"
-    print(f"[2/4] distillation: {_length(config)}{fitted}", flush=True)
+    length = _affordable(config, teacher, end) if length is None else length
+    config = config.scaled(length)
+    share = "" if length == 1 else f", {length:.1%} of the full length"
+    steps = f"{config.stage1_steps} + {config.stage2_steps} steps"
+    print(f"[2/4] distillation: {steps}{share}", flush=True)
     _clear(out / "run")
     began = time.monotonic()
     result = distil(config, teacher, deadline=end)
@@ -102,12 +97,12 @@ def run(
     (out / "student.safetensors").write_bytes((out / "run" / "student.safetensors").read_bytes())
     metrics |= {
         "teacher": name,
+        "length": length,
         "teacher_parameters": sum(p.numel() for p in teacher.parameters()),
         "student_parameters": sum(p.numel() for p in student.parameters()),
         "stage1_steps": config.stage1_steps,
         "stage2_steps": config.stage2_steps,
         "steps_done": result.step,
-        "batch_size": config.batch_size,
         "seed": seed,
         "train_s": round(trained, 1),
         "wall_s": round(time.monotonic() - started, 1),
@@ -127,26 +122,33 @@ def _seconds_afterwards(teacher: nn.Module, images: int, frames: int) -> float:
     return 15 + 2 * seconds * (images + timing + FILMED * frames + len(SEEDS))
 
 
-def _share(config: TrainConfig, teacher: nn.Module, end: float) -> float:
-    """The share of the steps that can be done by `end`, by trying some of each stage; at most 1.
+def _affordable(config: TrainConfig, teacher: nn.Module, end: float) -> float:
+    """The share of the steps that can be done by `end`, found by trying some of every phase; at most 1.
 
-    It is rounded down to twentieths, so that it doesn't follow every flicker of a machine's speed: the same
-    numbers of steps give the same student.
+    It is rounded down to twentieths, so that it doesn't follow every flicker of a machine's speed: a length
+    and a seed fix the student.
     """
-    period = max(math.ceil(config.replay_reuse), config.hr_interval)
-    length = 1 + 2 * period
+    tried = 1 + 2 * max(math.ceil(config.replay_reuse), config.hr_interval)
+    trial = dataclasses.replace(
+        config,
+        growth=tuple((side, tried, images) for side, _, images in config.growth),
+        stage1_steps=tried * (len(config.growth) + 1),
+        stage2_steps=tried,
+        log_every=1,
+        grid_every=0,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        trial = dataclasses.replace(
-            config, out=folder, stage1_steps=length, stage2_steps=length, log_every=1, grid_every=0
-        )
-        distil(trial, teacher, progress=False)
+        distil(dataclasses.replace(trial, out=folder), teacher, progress=False)
         lines = [json.loads(line) for line in (Path(folder) / "stats.jsonl").read_text().splitlines()]
-    seconds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
-    # The first step of a stage pays for what is done once.
-    each = [sum(part) / len(part) for part in (seconds[1:length], seconds[length + 1 :])]
-    # A tenth more for held-out images and for what a trial doesn't see.
-    needed = 1.1 * (config.stage1_steps * each[0] + config.stage2_steps * each[1])
-    return min(max(math.floor(20 * (end - time.monotonic()) / needed), 1), 20) / 20
+    grown = [steps for _, steps, _ in config.growth]
+    needed = 0.0
+    for i, steps in enumerate([*grown, config.stage1_steps - sum(grown), config.stage2_steps]):
+        # The first step of a phase pays for what is done once.
+        seconds = [line["seconds_per_step"] for line in lines[i * tried + 1 : (i + 1) * tried]]
+        needed += steps * sum(seconds) / len(seconds)
+    # A tenth more for held-out images, and for what a trial doesn't see.
+    left = end - time.monotonic()
+    return min(max(math.floor(20 * left / (1.1 * needed)), 1), 20) / 20
 
 
 def _clear(folder: Path):
@@ -168,7 +170,7 @@ def _speed(student: nn.Module, teacher: nn.Module) -> dict[str, float]:
 def _styles(teacher: nn.Module, count: int) -> list[Tensor]:
     device = next(teacher.parameters()).device
     z, front = pictures.latents(SEEDS[:count], teacher.z_dim).to(device), teacher.camera.front().to(device)
-    return [teacher.mapping(z[i : i + 1], front) for i in range(count)]
+    return [teacher.mapping(latent, front) for latent in z.split(1)]
 
 
 @torch.inference_mode()
@@ -181,11 +183,11 @@ def _side_by_side(path: Path, student: nn.Module, teacher: nn.Module, name: str)
         for w, c in zip(_styles(teacher, len(SEEDS)), poses, strict=True)
     ]
     similar = torch.cat([psnr(a, b) for a, b in pairs]).tolist()
-    rows = [
-        [pictures.pixels(a)[0] for a, _ in pairs],
-        [pictures.pixels(b)[0] for _, b in pairs],
-        [pictures.pixels(1 - 4 * (a.clamp(-1, 1) - b.clamp(-1, 1)).abs())[0] for a, b in pairs],
+    # White where they agree, black where they differ by a quarter of the range, channels averaged.
+    difference = [
+        (1 - 4 * (a.clamp(-1, 1) - b.clamp(-1, 1)).abs().mean(1, keepdim=True)).expand_as(a) for a, b in pairs
     ]
+    rows = [*zip(*pairs, strict=True), difference]
     captions = [
         [f"seed {seed}, {angle}" for seed, angle in zip(SEEDS, degrees, strict=True)],
         [f"{db:.1f} dB" for db in similar],
@@ -199,13 +201,14 @@ def _side_by_side(path: Path, student: nn.Module, teacher: nn.Module, name: str)
 def _film(path: Path, student: nn.Module, teacher: nn.Module, frames: int):
     """Teacher left, student right, one row for each of some latents, on a closed tour."""
     poses = teacher.camera.orbit(frames).to(next(teacher.parameters()).device)
-    tracks = [pictures.views(model, w, poses) for w in _styles(teacher, FILMED) for model in (teacher, student)]
+    tracks = [
+        pictures.views(model, w, poses) for w in _styles(teacher, FILMED) for model in (teacher, student)
+    ]
     labels = [f"seed {seed}" for seed in SEEDS[:FILMED]]
 
     def draw():
         for views in pictures.progress(zip(*tracks, strict=True), frames, "film"):
-            images = [pictures.pixels(view)[0] for view in views]
-            rows = [images[i : i + 2] for i in range(0, len(images), 2)]
+            rows = [views[i : i + 2] for i in range(0, len(views), 2)]
             yield pictures.sheet(rows, labels, [["teacher", "student"]], scale=2)
 
     pictures.save_mp4(path, draw())
@@ -228,15 +231,13 @@ def _curves(path: Path, stats: Path, config: TrainConfig):
         "discriminator": "discriminator",
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for key, label in terms.items():
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            left.plot(*zip(*points, strict=True), label=label, linewidth=1.2, marker="." if len(points) < 20 else "")
+    similar = {"psnr_db": "training batch", "heldout_psnr_db": "held-out, averaged weights"}
+    for axes, names in ((left, terms), (right, similar)):
+        for key, label in names.items():
+            if points := [(line["step"], line[key]) for line in lines if key in line]:
+                style = {"marker": "." if len(points) < 50 else "", "linewidth": 1.8 if "held" in key else 1}
+                axes.plot(*zip(*points, strict=True), label=label, **style)
     left.set(yscale="log", title="Loss terms, unweighted", xlabel="step", ylabel="loss")
-    for key, label in (("psnr_db", "training batch"), ("heldout_psnr_db", "held-out, averaged weights")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            right.plot(*zip(*points, strict=True), label=label, linewidth=1.2 if "held" in key else 0.7, marker="." if "held" in key else "")
     right.set(title="Final images against the teacher's", xlabel="step", ylabel="PSNR in dB")
     for axes in (left, right):
         axes.axvline(config.stage1_steps, color="gray", linestyle="--", linewidth=1, label="stage 2 begins")
@@ -269,28 +270,30 @@ def _table(m: dict) -> str:
 
 
 def _report(m: dict) -> str:
-    cut = "" if m["steps_done"] == m["stage1_steps"] + m["stage2_steps"] else f", stopped at step {m['steps_done']}"
+    whole = m["steps_done"] == m["stage1_steps"] + m["stage2_steps"]
+    cut = "" if whole else f", stopped at step {m['steps_done']} by the time budget"
     return f"""# Distilling {m["teacher"]}
 
 {_table(m)}
 
-Quality: {m["images"]} held-out images, final resolution; reprojection compares {m["reprojection_visible"]:.0%} of
-the pixels, those visible from both poses. Times: mapping and synthesis, medians.
-Training: {m["stage1_steps"]} + {m["stage2_steps"]} steps of {m["batch_size"]} images, seed {m["seed"]}{cut};
-{m["train_s"]:.0f} s of {m["wall_s"]:.0f} s in all.
-Machine: {info.summary()}; {m["machine"]["threads"]} threads.
+Quality: {m["images"]} held-out images, final resolution; reprojection compares the
+{m["reprojection_visible"]:.0%} of the pixels that are visible from both poses, pooled. Times: mapping and
+synthesis, medians.
+
+Training: {m["stage1_steps"]} + {m["stage2_steps"]} steps, {m["length"]:.3g} of the full length{cut};
+{m["train_s"]:.0f} s of {m["wall_s"]:.0f} s in all; seed {m["seed"]}.
+
+Machine: {info.summary()}.
 
 ![Teacher and student at the same latents and poses](side_by_side.png)
 
 ![Loss terms and held-out PSNR over steps](curves.png)
 
-Film: [orbit.mp4](orbit.mp4), teacher left, student right. The student: [student.safetensors](student.safetensors).
+Film, teacher left, student right: [orbit.mp4](orbit.mp4).
+The student: [student.safetensors](student.safetensors).
 """
 
 
 def _size(model: nn.Module) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {model.img_resolution} x {model.img_resolution}"
-
-
-def _length(config: TrainConfig) -> str:
-    return f"{config.stage1_steps} + {config.stage2_steps} steps of {config.batch_size} images"
+    count = sum(p.numel() for p in model.parameters())
+    return f"{count / 1e6:.2f} M parameters, {model.img_resolution} x {model.img_resolution}"

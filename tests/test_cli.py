@@ -1,0 +1,370 @@
+"""The command line: what every command prints and writes, and how each wrong input is refused."""
+
+import json
+import lzma
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastgen.train import demo
+from fastgen.train.config import PRESETS
+from PIL import Image
+
+import fastgen
+from fastgen import checkpoint, pictures
+from fastgen.__main__ import main, parse_seeds
+from fastgen.camera import CameraDistribution
+from fastgen.models.student import Student
+from fastgen.models.teacher import Teacher
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """A teacher and a student that render in milliseconds, an original checkpoint, a text, by name."""
+    folder = tmp_path_factory.mktemp("files")
+    paths = {
+        name: folder / name for name in ("teacher.safetensors", "student.safetensors", "cars.pkl", "a.txt")
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        teacher = Teacher(
+            z_dim=8,
+            w_dim=16,
+            img_resolution=128,
+            plane_resolution=16,
+            plane_channels=8,
+            channel_base=128,
+            channel_max=16,
+            decoder_hidden=16,
+            superresolution="SuperresolutionHybrid2X",
+            superresolution_kwargs={"channels": [8, 4], "num_fp16_res": 0},
+            rendering_kwargs={"depth_resolution": 6, "depth_resolution_importance": 4},
+            neural_rendering_resolution=16,
+        )
+        # Random weights make a fog of one colour, which would hide a mistake.
+        teacher.decoder.net[2].weight.data *= 8
+        camera = {"camera": CameraDistribution().as_dict()}
+        checkpoint.save(paths["teacher.safetensors"], "teacher", {"G": teacher}, camera)
+        checkpoint.save(
+            paths["student.safetensors"], "student", {"G": Student.from_teacher(teacher, "toy")}, camera
+        )
+    packed = ROOT / "tests" / "data" / "eg3d_cars128_tiny.pkl.xz"
+    paths["cars.pkl"].write_bytes(lzma.decompress(packed.read_bytes()))
+    paths["a.txt"].write_text("nothing that anyone could load\n")
+    return paths
+
+
+def picture(path: Path) -> np.ndarray:
+    image = np.asarray(Image.open(path).convert("RGB"))
+    assert image.std() > 3, f"{path} shows nothing"
+    return image
+
+
+def film(path: Path) -> np.ndarray:
+    import imageio.v3
+
+    return imageio.v3.imread(path)
+
+
+def test_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgen", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and not done.stderr
+    for command in ("info", "convert", "render", "train", "demo"):
+        assert command in done.stdout
+
+
+def test_start_imports_no_heavy_package():
+    code = (
+        "import sys, fastgen.__main__\n"
+        "heavy = {'lpips', 'torchvision', 'matplotlib', 'tensorboard', 'torchmetrics', 'imageio', 'PIL'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command, named",
+    [
+        ("info", ["--json", "backend"]),
+        ("convert", ["IN.pkl", "OUT.safetensors", "without running any code"]),
+        ("render", ["--model", "--seeds", "--grid FILE.png", "--orbit FILE.mp4", "--truncation", "--device"]),
+        (
+            "train",
+            ["--teacher", "--out", "--preset", "--resume", "--stage1-steps", "Discriminator's learning"],
+        ),
+        ("demo", ["--out", "--minutes", "--length", "side_by_side.png"]),
+    ],
+)
+def test_help(command, named, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    said = capsys.readouterr()
+    assert end.value.code == 0 and not said.err
+    for words in named:
+        assert words in said.out, words
+
+
+def test_help_of_train_shows_the_defaults_of_the_preset(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = []
+    for arguments in (["--teacher", "toy"], ["--preset", "afhqcats512"]):
+        with pytest.raises(SystemExit):
+            main(["train", *arguments, "--help"])
+        shown.append(capsys.readouterr().out)
+    assert "(default: afhqcats512)" in shown[1] and "(default: afhqcats512)" not in shown[0]
+    assert shown[0].count("(default: toy)") >= 2  # teacher and student
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    table = capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["fastgen"] == fastgen.__version__
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["backends"]["reference"]["usable"]
+    assert {"upfirdn2d", "bias_act"} <= set(found["ops"])
+    for op, devices in found["ops"].items():
+        assert op in table
+        assert {by["backend"] for by in devices.values()} <= {"cpu", "cuda", "triton", "reference"}
+        usable, reason = found["backends"]["cpu"].values()
+        if devices["cpu"]["backend"] == "cpu":
+            assert usable
+        else:
+            assert devices["cpu"]["why"]
+    if not usable:
+        assert reason in table
+
+
+def test_convert(files, tmp_path, capsys):
+    out = tmp_path / "new" / "cars.safetensors"
+    assert main(["convert", str(files["cars.pkl"]), str(out)]) == 0
+    said = capsys.readouterr().out
+    header, _ = checkpoint.read(out)
+    for words in ("teacher", "128 x 128", "1,552,352 parameters", "Discriminator", header["source_sha256"]):
+        assert words in said
+    assert fastgen.load_teacher(out).img_resolution == 128
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_render(kind, files, tmp_path, capsys):
+    model = str(files[f"{kind}.safetensors"])
+    grid, orbit, one = tmp_path / "new" / "grid.png", tmp_path / "orbit.mp4", tmp_path / "one.png"
+    arguments = [
+        "--seeds",
+        "0-1,5",
+        "--poses",
+        "4",
+        "--frames",
+        "5",
+        "--device",
+        "cpu",
+        "--truncation",
+        "0.9",
+    ]
+    outputs = ["--grid", str(grid), "--orbit", str(orbit), "--image", str(one)]
+    assert main(["render", "--model", model, *arguments, *outputs]) == 0
+    written = [grid, orbit, *(tmp_path / f"one-{seed}.png" for seed in (0, 1, 5))]
+    assert sorted(capsys.readouterr().out.split()) == sorted(map(str, written))
+
+    table = picture(grid)
+    assert table.shape[0] > 3 * 128 and table.shape[1] > 4 * 128
+    # The paper on the left holds labels: some of it is ink.
+    assert (table[:, :40].min(axis=-1) < 100).any()
+    assert film(orbit).shape[0] == 5
+    images = [picture(path) for path in written[2:]]
+    assert all(image.shape == (128, 128, 3) for image in images)
+    assert not np.array_equal(images[0], images[1])
+
+    # A seed is the same latent whatever else is rendered, and one seed alone gets the plain name.
+    assert main(["render", "--model", model, "--seeds", "5", "--truncation", "0.9", "--image", str(one)]) == 0
+    assert np.abs(picture(one).astype(int) - images[2]).max() <= 1
+
+
+def test_render_takes_the_poses_of_a_preset(files, tmp_path):
+    paths = [tmp_path / "own.png", tmp_path / "cars.png"]
+    for path, camera in zip(paths, ("auto", "shapenetcars128"), strict=True):
+        arguments = ["--model", str(files["teacher.safetensors"]), "--seeds", "1", "--camera", camera]
+        assert main(["render", *arguments, "--image", str(path)]) == 0
+    assert not np.array_equal(picture(paths[0]), np.asarray(Image.open(paths[1])))
+
+
+def test_seeds():
+    assert parse_seeds("0-3,7") == [0, 1, 2, 3, 7]
+    assert parse_seeds("5, 2-2,5") == [5, 2]
+    for wrong in ("", "a", "3-1", "1,,2", "-1", "1-", "1.5", "99999999999"):
+        with pytest.raises(ValueError, match="seeds must look like"):
+            parse_seeds(wrong)
+    z = pictures.latents([3, 4], 8)
+    assert torch.equal(z[1:], pictures.latents([4], 8)) and abs(z.mean()) < 1
+
+
+def test_train_resumes(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = (
+        f"train --teacher {files['teacher.safetensors']} --out {out} --student toy --perceptual none"
+        " --batch-size 2 --stage1-steps 2 --stage2-steps 1 --discriminator-channels 128 --grid-images 2"
+        " --no-tensorboard --device cpu"
+    ).split()
+    assert main(arguments) == 0
+    assert "student.safetensors: step 3 of 3" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["stage1_steps"] == 2
+    assert fastgen.load_student(out / "student.safetensors").camera is not None
+    picture(next((out / "grids").glob("*.png")))
+
+    assert main(arguments) == 2
+    assert "resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+
+
+def test_demo(files, tmp_path, capsys):
+    out = tmp_path / "demo"
+    # What an earlier demo left is replaced, not gone on from.
+    (out / "run" / "grids").mkdir(parents=True)
+    old = [out / "run" / "resume.pt", out / "run" / "grids" / "step_000999.png", out / "report.md"]
+    for path in old:
+        path.write_text("old")
+    arguments = f"--out {out} --length 0.002 --images 4 --frames 3 --device cpu".split()
+    assert main(["demo", "--teacher", str(files["teacher.safetensors"]), *arguments]) == 0
+    said = capsys.readouterr().out
+    assert not old[1].exists()
+    for path in out.glob("*.*"):
+        assert path.stat().st_size > 500, path
+
+    metrics = json.loads((out / "metrics.json").read_text())
+    for key in (
+        "psnr_db",
+        "ssim",
+        "perceptual",
+        "reprojection_psnr_teacher_db",
+        "reprojection_psnr_student_db",
+    ):
+        assert isinstance(metrics[key], float), key
+    for key in ("teacher_ms", "student_ms", "speedup", "teacher_ms_batch8", "student_ms_batch8", "wall_s"):
+        assert metrics[key] > 0, key
+    assert metrics["speedup"] == metrics["teacher_ms"] / metrics["student_ms"]
+    assert metrics["perceptual_name"] == "random VGG16 features"
+    assert metrics["steps_done"] == metrics["stage1_steps"] + metrics["stage2_steps"]
+
+    report = (out / "report.md").read_text()
+    for words in (
+        f"{metrics['psnr_db']:.2f}",
+        "random VGG16 features",
+        torch.__version__,
+        "side_by_side.png",
+    ):
+        assert words in report, words
+    assert f"{metrics['psnr_db']:.2f}" in said
+    assert picture(out / "side_by_side.png").shape[1] > 8 * 128
+    assert picture(out / "curves.png").shape[0] > 300
+    frames = film(out / "orbit.mp4")
+    assert frames.shape[0] == 3 and frames.std() > 3
+    student = fastgen.load_student(out / "student.safetensors")
+    assert student.img_resolution == 128
+
+
+def test_demo_keeps_to_its_budget(files):
+    """On a machine that is too slow, both stages are shortened, and never to nothing."""
+    teacher = fastgen.load_teacher(files["teacher.safetensors"])
+    config = replace(
+        PRESETS["toy"],
+        growth=((8, 10, 2),),
+        batch_size=2,
+        discriminator_channels=128,
+        discriminator_channel_max=8,
+        device="cpu",
+        tensorboard=False,
+    )
+    now = time.monotonic()
+    assert demo._affordable(config, teacher, now + 1e6) == 1
+    assert demo._affordable(config, teacher, now - 10) == 0.05
+
+
+WRONG = {
+    "no command": ("", "Expected one of"),
+    "unknown command": ("paint", "paint.*info, convert, render, train, demo"),
+    "unknown option": ("render --model toy --sedes 3", "--sedes"),
+    "unknown option of train": ("train --stage1-step 3", "--stage1-step.*perhaps you meant --stage1-steps"),
+    "option without value": ("train --preset", "--preset"),
+    "missing option": ("render", "missing --model"),
+    "missing arguments": ("convert", "missing IN.pkl, OUT.safetensors"),
+    "too many arguments": ("convert a b c", "c"),
+    "not a number": ("demo --minutes soon", "--minutes.*'soon'"),
+    "not a choice": ("train --curriculum none", "--curriculum.*two-stage"),
+    "unknown preset": ("train --preset cats", "--preset.*'cats'"),
+    "impossible value": ("train --batch-size 0", "batch_size must be at least 1, got 0"),
+    "impossible weight": ("train --lambda-adv=-1", "lambda_adv must be at least 0, got -1"),
+    "no frames": ("render --model toy --frames 0 --orbit {tmp}/a.mp4", "frames must be at least 1, got 0"),
+    "no budget": ("demo --minutes 0 --out {tmp}/d", "minutes must be above 0, got 0"),
+    "truncation is no number": ("render --model toy --truncation nan --grid {tmp}/a.png", "truncation"),
+    "wrong seeds": (
+        "render --model toy --seeds 4-2 --grid {tmp}/a.png",
+        "seeds must look like 0-3,7, got '4-2'",
+    ),
+    "nothing to write": ("render --model {teacher}", "--grid, --orbit or --image"),
+    "missing model": ("render --model {tmp}/no.safetensors --grid {tmp}/a.png", "no.safetensors: no such"),
+    "missing source": ("convert {tmp}/no.pkl {tmp}/o.safetensors", "no.pkl: no such"),
+    "missing teacher": ("train --teacher {tmp}/no.pkl --out {tmp}/t", "no.pkl: no such"),
+    "missing teacher of demo": ("demo --teacher {tmp}/no.pkl --out {tmp}/d", "no.pkl: no such"),
+    "missing weights": ("demo --perceptual-weights {tmp}/vgg.pth --out {tmp}/d", "vgg.pth"),
+    "a text": ("render --model {text} --grid {tmp}/a.png", "refused: .*b'nothing"),
+    "a text to convert": ("convert {text} {tmp}/o.safetensors", "refused: .*b'nothing"),
+    "student as teacher": (
+        "train --teacher {student} --out {tmp}/t --perceptual none",
+        "student, expected a teacher",
+    ),
+    "wrong ending": ("render --model {teacher} --grid {tmp}/a.jpg", "must end in .png"),
+    "wrong ending of film": ("render --model {teacher} --orbit {tmp}/a.gif", "must end in .mp4"),
+    "a file as folder": (
+        "render --model {teacher} --grid {text}/a.png",
+        "is a file, not a folder|can't write",
+    ),
+    "a folder as file": ("render --model {teacher} --grid {folder}", "is a folder"),
+    "a file as output folder": ("demo --teacher {teacher} --out {text}", "is a file, not a folder"),
+    "a file as run": (
+        "train --teacher {teacher} --perceptual none --out {text}",
+        "is a file, not a folder",
+    ),
+    "unknown device": ("render --model {teacher} --device tpu --grid {tmp}/a.png", "device must be .*'tpu'"),
+    "missing device": ("render --model {teacher} --device cuda:99 --grid {tmp}/a.png", "cuda:99"),
+    "unknown camera": ("render --model {teacher} --camera dogs --grid {tmp}/a.png", "'dogs'"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", WRONG.values(), ids=WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, files, tmp_path, capsys):
+    """Neither a traceback nor a box: a line that names what is wrong."""
+    (tmp_path / "folder.png").mkdir()
+    places = {
+        "tmp": tmp_path,
+        "teacher": files["teacher.safetensors"],
+        "student": files["student.safetensors"],
+    }
+    arguments = arguments.format(text=files["a.txt"], folder=tmp_path / "folder.png", **places).split()
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.err.startswith("fastgen") and said.err.count("\n") == 1, said.err
+    assert re.search(message, said.err), said.err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "something was written"
+
+
+def test_debug_shows_the_traceback(files, monkeypatch):
+    monkeypatch.setenv("FASTGEN_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["convert", "no.pkl", str(files["a.txt"].with_suffix(".safetensors"))])
