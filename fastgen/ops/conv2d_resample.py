@@ -107,15 +107,16 @@ def check_resample(op: str, x, w, f, up, down, padding, groups: int = 1, names=(
             name,
             value,
         )
+    o, i = w.shape[:2]
     require(
-        x.shape[1] == w.shape[1] * groups and w.shape[0] % groups == 0,
+        x.shape[1] == groups * i,
         op,
-        "x must have groups * I = {} * {} channels and O={} be a multiple of groups, got C={}",
+        "x must have groups * I = {} * {} channels, got {}",
         groups,
-        w.shape[1],
-        w.shape[0],
+        i,
         x.shape[1],
     )
+    require(o % groups == 0, op, "{} must have a multiple of groups={} outputs, got {}", names[0], groups, o)
     padding = require_ints(op, "padding", padding, [2, 4])
     fh = fw = 1
     if f is not None:
@@ -134,7 +135,7 @@ def check_resample(op: str, x, w, f, up, down, padding, groups: int = 1, names=(
     require(
         size[0] >= need[0] and size[1] >= need[1],
         op,
-        "x, upsampled and padded, must be at least as large as filter and kernel together {}, got {}",
+        "x, upsampled and padded, must have at least the size {} of filter and kernel, got {}",
         need,
         size,
     )

@@ -67,12 +67,12 @@ class TestConv2dResample(OpChecks):
         (
             {"w": torch.zeros(4, 2, 3, 3)},
             ValueError,
-            "conv2d_resample: x must have groups * I = 1 * 2 channels and O=4 be a multiple of groups, got C=3",
+            "conv2d_resample: x must have groups * I = 1 * 2 channels, got 3",
         ),
         (
             {"groups": 3, "w": torch.zeros(4, 1, 3, 3)},
             ValueError,
-            "conv2d_resample: x must have groups * I = 3 * 1 channels and O=4 be a multiple of groups, got C=3",
+            "conv2d_resample: w must have a multiple of groups=3 outputs, got 4",
         ),
         ({"up": 0}, ValueError, "conv2d_resample: up must be an int of at least 1, got 0"),
         ({"down": [2, 2]}, ValueError, "conv2d_resample: down must be an int of at least 1, got [2, 2]"),
@@ -84,8 +84,8 @@ class TestConv2dResample(OpChecks):
         (
             {"padding": -9},
             ValueError,
-            "conv2d_resample: x, upsampled and padded, must be at least as large as filter and kernel together"
-            " [6, 6], got [-5, -3]",
+            "conv2d_resample: x, upsampled and padded, must have at least the size [6, 6] of filter and"
+            " kernel, got [-5, -3]",
         ),
         (
             {"f": torch.zeros(4, 4, dtype=torch.int64)},
