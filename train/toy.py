@@ -46,9 +46,9 @@ class ToyConfig:
     """Wall time of the whole run, evaluation included; the schedule follows the clock."""
     steps: int = 0
     """If above 0: this many steps instead, whatever they take."""
-    rays_from: float = 0.25
+    rays_from: float = 0.24
     """Share of the run after which the field phase ends."""
-    image_from: float = 0.55
+    image_from: float = 0.65
     """Share of the run after which the image phase begins."""
     latents: int = 8
     """Heads per step in the field and rays phases."""
@@ -56,19 +56,19 @@ class ToyConfig:
     """Points per head in the field phase; half of them near the surface."""
     rays: int = 384
     """Rays per head in the rays phase."""
-    patches: int = 6
+    patches: int = 8
     """Heads per step in the image phase, a patch of each."""
-    patch: int = 40
+    patch: int = 28
     """Side of a patch in pixels of the feature image."""
-    lr: float = 3e-3
+    lr: float = 8e-3
     """Adam's learning rate; falls to a fiftieth of it on a cosine."""
     lr_mapping: float = 20.0
     """The mapping network's learning rate as a multiple: its layers learn at a hundredth by construction."""
-    ema: float = 0.998
+    ema: float = 0.996
     """Decay per step of the averaged weights, which are evaluated and saved."""
     seed: int = 0
     """Fixes initial weights, heads and poses."""
-    report_every: int = 250
+    report_every: int = 200
     """Steps between evaluation, grid and checkpoint."""
     held_out: int = 12
     """Heads in the evaluation."""
