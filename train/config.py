@@ -294,9 +294,9 @@ PRESETS: dict[str, TrainConfig] = {
     "ffhq512": dataclasses.replace(_paper, camera="ffhq512", r1_gamma=1.0),
     "afhqcats512": dataclasses.replace(_paper, camera="afhqcats512", r1_gamma=5.0),
     "shapenetcars128": dataclasses.replace(_paper, camera="shapenetcars128", r1_gamma=0.3),
-    # Minutes on two CPU cores. Most steps are small: at 16 x 16 one costs a twentieth of one at 64 x 64, and
-    # teaches the layout. Small batches and a high rate gained most for their time. The super-resolution starts
-    # trained and costs twice the renderer, so it is trained rarely and slowly.
+    # Minutes on two CPU cores. Most steps are small: one at 16 x 16 costs a twentieth of one at 64 x 64, and
+    # teaches the layout. Small batches and a high rate gained most for their time. The super-resolution
+    # starts trained and costs twice the renderer, so it learns rarely and slowly.
     "toy": dataclasses.replace(
         _paper,
         student="toy",

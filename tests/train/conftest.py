@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastgen.train.config import TrainConfig
 
 from fastgen.camera import CameraDistribution
 from fastgen.models.teacher import Teacher
+from fastgen.train.config import TrainConfig
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from fastgen.train.config import PRESETS, TrainConfig
 
 

@@ -6,8 +6,9 @@ import zipfile
 
 import pytest
 import torch
-from fastgen.train.data import ImageDataset, RealStream, TargetStream, generator_for, render_targets
 from PIL import Image
+
+from fastgen.train.data import ImageDataset, RealStream, TargetStream, generator_for, render_targets
 
 CPU = torch.device("cpu")
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastgen.train import loop
-from fastgen.train.config import TrainConfig
-from fastgen.train.loop import distil
+from PIL import Image
 from torch import nn
 
 import fastgen
+from fastgen.train import loop
+from fastgen.train.config import TrainConfig
+from fastgen.train.loop import distil
 
 
 def stats(out) -> list[dict]:
@@ -129,6 +130,31 @@ def test_resumed_run_equals_uninterrupted_one(teacher, config, tmp_path, monkeyp
     a, b = (torch.load(Path(out) / "resume.pt", weights_only=True) for out in (whole.out, config.out))
     for part in ("student", "discriminator"):
         assert all(torch.equal(p, b[part][name]) for name, p in a[part].items())
+
+
+def test_real_images_and_their_poses(teacher, config, tmp_path, monkeypatch):
+    labels = []
+    for i, c in enumerate(teacher.camera.sample(4).tolist()):
+        Image.new("RGB", (128, 128), (0, 80 * i, 255)).save(tmp_path / f"{i}.png")
+        labels.append([f"{i}.png", c])
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    seen = []
+    penalty = loop.r1_penalty
+    monkeypatch.setattr(
+        loop, "r1_penalty", lambda d, real, c: (seen.append((real, c)), penalty(d, real, c))[1]
+    )
+    config = dataclasses.replace(config, reals=str(tmp_path), stage1_steps=0, stage2_steps=1)
+    run = distil(config, teacher, progress=False)
+    # Poses come from the labels, in targets and in what the discriminator sees; the file keeps the teacher's.
+    known = torch.tensor([label for _, label in labels])
+    assert all((c == known).all(dim=1).any() for c in [*seen[0][1], *run.poses.sample(8)])
+    assert seen[0][0]["image"].shape[-1] == 128 and seen[0][0]["image_raw"].shape[-1] == 16
+    assert (seen[0][0]["image"][:, 2] == 1).all()
+    assert fastgen.load_student(run.out / "student.safetensors").camera == teacher.camera
+    small = Image.open(tmp_path / "0.png").resize((64, 64))
+    small.save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match="has images of 64 pixels, the teacher makes 128"):
+        distil(dataclasses.replace(config, out=str(tmp_path / "other")), teacher)
 
 
 def test_resume_refuses(teacher, config):

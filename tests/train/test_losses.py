@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
+from fastgen.models.discriminator import DualDiscriminator
 from fastgen.train.losses import (
     Perceptual,
     discriminator_loss,
@@ -12,9 +15,6 @@ from fastgen.train.losses import (
     r1_penalty,
     reconstruction_terms,
 )
-from torch import nn
-
-from fastgen.models.discriminator import DualDiscriminator
 
 
 def images(n: int = 2, side: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:

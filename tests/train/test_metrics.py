@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastgen.train.metrics import evaluate, milliseconds, milliseconds_per_image, psnr, ssim, warp_by_depth
 
 from fastgen import camera
+from fastgen.train.metrics import evaluate, milliseconds, milliseconds_per_image, psnr, ssim, warp_by_depth
 
 
 def test_psnr_and_ssim():

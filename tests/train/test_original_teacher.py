@@ -1,43 +1,18 @@
 """The main job on real input: an original EG3D pickle, both stages, a student that loads and renders."""
 
 import torch
-from fastgen.train.loop import Run  # noqa: F401  (imported here, so that the test's time is the run's)
 
 import fastgen
 from fastgen.__main__ import main
+from fastgen.train.loop import Run  # noqa: F401  (imported here, so that the test's time is the run's)
 
 
 def test_original_checkpoint_to_student(original, tmp_path, capsys):
     out = tmp_path / "run"
-    code = main(
-        [
-            "train",
-            "--teacher",
-            str(original),
-            "--out",
-            str(out),
-            "--student",
-            "toy",
-            "--perceptual",
-            "none",
-            "--neural-rendering-resolution",
-            "16",
-            "--batch-size",
-            "2",
-            "--stage1-steps",
-            "2",
-            "--stage2-steps",
-            "2",
-            "--grid-every",
-            "2",
-            "--grid-images",
-            "1",
-            "--log-every",
-            "1",
-            "--device",
-            "cpu",
-        ]
-    )
+    options = f"--teacher {original} --out {out} --student toy --perceptual none --device cpu --batch-size 2"
+    options += " --neural-rendering-resolution 16 --stage1-steps 2 --stage2-steps 2"
+    options += " --grid-every 2 --grid-images 1 --log-every 1"
+    code = main(["train", *options.split()])
     assert code == 0, capsys.readouterr().err
     student = fastgen.load_student(out / "student.safetensors")
     teacher = fastgen.load_teacher(original)
