@@ -84,7 +84,7 @@ if CUDA != "0":
         release = cuda_version()
         newest = "8.0;9.0;10.0;12.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX"
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", newest)
-        macros = [("USE_CUDA", None), ("FASTGEN_ARCHS", re.sub(r"[;,\s]+", ",", archs.strip()))]
+        macros = [("USE_CUDA", None), ("FASTGEN_ARCHS", re.sub(r"[;,\s]+", "_", archs.strip()))]
         extensions.append(extension(CUDAExtension, "fastgen._cuda", "cuda", macros))
     except RuntimeError as error:
         if CUDA == "1":

@@ -75,7 +75,7 @@ def _device_problem() -> str:
     if not torch.cuda.is_available():
         return "no CUDA device is visible"
     # Binaries for 8.0 run on 8.6; PTX of the newest runs on anything newer: so only the oldest one matters.
-    archs = re.search(r"sm ([\d.,+PTXa]+)", _libraries["cuda"].build)[1]
+    archs = re.search(r"sm ([\w.+]+)", _libraries["cuda"].build)[1]
     oldest = min(tuple(int(part) for part in arch.split(".")) for arch in re.findall(r"\d+\.\d+", archs))
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
