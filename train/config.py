@@ -189,7 +189,8 @@ class TrainConfig:
                 self._require(name, value in _CHOICES[name], "one of " + ", ".join(_CHOICES[name]))
         self._require("gpc_reg_prob", 0 <= self.gpc_reg_prob <= 1, "in [0, 1]")
         side = self.neural_rendering_resolution
-        self._require("neural_rendering_resolution", side is None or side >= 4, "at least 4")
+        sound = side is None or (side >= 4 and side & (side - 1) == 0)
+        self._require("neural_rendering_resolution", sound, "a power of two from 4")
         self._require("curriculum", self.curriculum != "ramp" or self.ramp_steps > 0, "without ramp_steps 0")
         sides = [phase[0] for phase in self.growth]
         sound = all(len(p) == 3 and min(p) > 0 and p[0] >= 4 and p[0] & (p[0] - 1) == 0 for p in self.growth)

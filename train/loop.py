@@ -84,6 +84,11 @@ def distil(
         discriminator = (
             _make_discriminator(config, teacher, from_file).to(device) if config.has_discriminator else None
         )
+    if config.growth and config.growth[-1][0] > student.neural_rendering_resolution:
+        raise ValueError(
+            f"growth: sides must be at most the feature map's, {student.neural_rendering_resolution}, got "
+            f"{config.growth[-1][0]}"
+        )
     average = copy.deepcopy(student).eval().requires_grad_(False)
     student_optimiser = torch.optim.Adam(
         [

@@ -1,10 +1,10 @@
-"""The student: a convolutional generator that shares the teacher's style space and takes the pose as an
-input.
+"""The student: a convolutional generator in the teacher's style space, which takes the pose as an input.
 
 z, c -> the teacher's mapping (frozen) -> ws; ws, pose c -> pose mapping -> style -> StyleGAN2 synthesis ->
-feature image -> super-resolution, which starts as the teacher's -> image. No volume is rendered. Source:
-Shahbazi et al., "NeRF-GAN Distillation for Efficient 3D-Aware Generation with Convolutions", arXiv
-2303.12865."""
+feature image -> super-resolution, which starts as the teacher's -> image. No volume is rendered.
+Source: Shahbazi et al., "NeRF-GAN Distillation for Efficient 3D-Aware Generation with Convolutions",
+arXiv 2303.12865.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from .superresolution import SuperResolution
 
 @dataclass(frozen=True)
 class Size:
-    """channel_base, channel_max, style_dim: of the renderer. superresolution: its widths at most; None: the
-    teacher's.
-    """
+    """channel_*, style_*: of the renderer; superresolution: its widths, at most; None: the teacher's."""
 
     channel_base: int
     channel_max: int

@@ -23,6 +23,7 @@ from fastgen.train.config import PRESETS, TrainConfig
         ("replay", 3),
         ("replay_reuse", 2.0),
         ("neural_rendering_resolution", 2),
+        ("neural_rendering_resolution", 48),
         ("growth", ((32, 10, 8), (16, 10, 8))),
         ("growth", ((12, 10, 8),)),
         ("stage1_steps", -1),

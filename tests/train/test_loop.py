@@ -212,6 +212,8 @@ def test_configuration_that_cannot_run(teacher, config, tmp_path):
         distil(dataclasses.replace(config, device="gpu"), teacher)
     with pytest.raises(ValueError, match="needs perceptual_weights"):
         distil(dataclasses.replace(config, perceptual="lpips-vgg"), teacher)
+    with pytest.raises(ValueError, match="growth: sides must be at most the feature map's, 16, got 32"):
+        distil(dataclasses.replace(config, growth=((32, 1, 2),)), teacher)
     with pytest.raises(ValueError, match="preset must be one of"):
         distil(dataclasses.replace(config, camera="moon"), teacher)
     with pytest.raises(FileNotFoundError, match="nothing.pkl"):
