@@ -345,10 +345,11 @@ def _parse(argv: list[str]):
 
 def _one_line(box: str) -> str:
     """What tyro says in a box, without the box, the hints on help, and class names."""
-    title, *lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
-    # The box is of ASCII where the terminal knows no better.
-    lines = [re.sub(r"^[│|] | *[│|]$", "", line) for line in lines[:-1]]
-    rule = next((i for i, line in enumerate(lines) if line and set(line) <= {"─", "-"}), len(lines))
+    title, *lines = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯]", "", box).splitlines()
+    # Where the output isn't UTF-8, the box has no sides, and a rule under its title.
+    lines = [line.replace("│", " ").rstrip()[2:] for line in lines]
+    lines = lines[not lines[0].strip("-") :]
+    rule = next((i for i, line in enumerate(lines) if line and not line.strip("─-")), len(lines))
     what, more = " ".join(line.strip() for line in lines[:rule]), lines[rule:]
     # Options are indented, and their descriptions more so.
     if "Required options" in title:

@@ -54,8 +54,8 @@ def run(
         out=str(pictures.prepare_folder(out / "run")),
         seed=seed,
         device=device,
-        log_every=5,
-        grid_every=50,
+        log_every=10,
+        grid_every=100,
         checkpoint_every=0,
         tensorboard=False,
     )
@@ -128,7 +128,8 @@ def _affordable(config: TrainConfig, teacher: nn.Module, end: float) -> float:
     It is rounded down to twentieths, so that it doesn't follow every flicker of a machine's speed: a length
     and a seed fix the student.
     """
-    tried = 1 + 2 * max(math.ceil(config.replay_reuse), config.hr_interval)
+    # What isn't done at every step recurs after as many.
+    tried = 1 + math.lcm(math.ceil(config.replay_reuse), config.hr_interval)
     trial = dataclasses.replace(
         config,
         growth=tuple((side, tried, images) for side, _, images in config.growth),
