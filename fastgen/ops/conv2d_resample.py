@@ -34,6 +34,7 @@ def conv2d_resample_reference(
     flip_filter: bool,
 ) -> Tensor:
     """conv2d_resample of PyTorch's convolutions and upfirdn2d; differentiable to any order."""
+    w = w.to(x.dtype)
     kh, kw = w.shape[2:]
     pointwise, crops = kh == kw == 1, min(padding) < 0
     if up == down == 1:
@@ -83,15 +84,15 @@ _conv2d_resample = define(
 )
 
 
-def call_autocast(op: Callable, x: Tensor, w: Tensor, *args) -> Tensor:
-    """op(x, w, ...) as autocast would have it: x and w in its dtype, and nothing else touched."""
+def call_autocast(op: Callable, x: Tensor, *args) -> Tensor:
+    """op(x, ...) as autocast would have it: with x, which sets the dtype, in autocast's."""
     device = x.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return op(x, w.to(x.dtype), *args)
+        return op(x, *args)
     if x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return op(x, w.to(x.dtype), *args)
+        return op(x, *args)
 
 
 def check_resample(op: str, x, w, f, up, down, padding, groups: int = 1, names=("w", "f")) -> list[int]:

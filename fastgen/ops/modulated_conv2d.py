@@ -16,7 +16,7 @@ a = sqrt(I kh kw) max|weight[o]| and b = max|s[n]|, a sum is at most sqrt(I kh k
 from torch import Tensor
 
 from ._define import define, require, require_same_device, require_shape, require_tensor, wide
-from .bias_act import bias_act
+from .bias_act import bias_act, check_act
 from .conv2d_resample import call_autocast, check_resample, conv2d_resample_reference
 from .fma import fma
 
@@ -40,7 +40,8 @@ def modulated_conv2d_reference(
 ) -> Tensor:
     """modulated_conv2d of differentiable ops."""
     taps = weight[0].numel()
-    s, w, d, eps = wide(styles), wide(weight), None, 1e-8
+    dtype = wide(x).dtype
+    s, w, d, eps = styles.to(dtype), weight.to(dtype), None, 1e-8
     if demodulate:
         if x.dtype.itemsize == 2:
             a = w.detach().abs().amax([1, 2, 3]).clamp(min=1e-8) * taps**0.5
@@ -53,10 +54,10 @@ def modulated_conv2d_reference(
     if x.shape[0] == 1 and taps * 2 <= x.shape[2] * x.shape[3] * up * up:
         w = w * s[0, :, None, None]
         w = w if d is None else w * d[0, :, None, None, None]
-        y, d = conv2d_resample_reference(x, w.to(x.dtype), resample_filter, *resample), None
+        y, d = conv2d_resample_reference(x, w, resample_filter, *resample), None
     else:
         s = s.to(x.dtype)[:, :, None, None]
-        y = conv2d_resample_reference(x * s, w.to(x.dtype), resample_filter, *resample)
+        y = conv2d_resample_reference(x * s, w, resample_filter, *resample)
 
     noise = None if noise is None else noise.to(y.dtype)
     if d is not None:
@@ -110,6 +111,7 @@ def modulated_conv2d(
         op, x, weight, resample_filter, up, down, padding, names=("weight", "resample_filter")
     )
     require_shape(op, "styles", styles, [x.shape[0], x.shape[1]], "N I")
+    check_act(op, act, alpha, act_gain, clamp)
     require_same_device(op, x=x, styles=styles, noise=noise, bias=bias)
     if bias is not None:
         require_shape(op, "bias", bias, [weight.shape[0]], "O")

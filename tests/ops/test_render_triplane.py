@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastgen
 from fastgen import ops
 from fastgen.ops import _render_blocks
+from fastgen.ops.sample_triplane import projection
 
 DATA = Path(__file__).parents[1] / "data"
 OPTIONS = json.loads((DATA / "render.json").read_text())
@@ -275,7 +276,7 @@ def test_opcheck(fine):
     scene, (origins, directions, _) = small(torch.float32, rays=3)
     depths = torch.linspace(1, 2, 6).expand(2, 3, 6).contiguous()
     u_fine = torch.rand(2, 3, fine) if fine else None
-    matrix = [float(i % 4 == 0) for i in range(18)]
+    matrix = projection("", "eg3d", 1.0)
     rays = origins.contiguous(), directions.contiguous()
     torch.library.opcheck(
         torch.ops.fastgen.render_triplane.default, (*scene, *rays, depths, u_fine, matrix, True)
