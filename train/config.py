@@ -107,9 +107,9 @@ class TrainConfig:
     lambda_hr_perceptual: float = 1.0
     """Perceptual distance between final images."""
     lambda_adv: float = 0.005
-    """Generator's adversarial loss. On the toy teacher its gradient in the renderer's weights starts at 0.06 of
-    the reconstruction's (0.0035 against 0.058) and grows with the discriminator's: felt, but not enough to undo
-    stage 1."""
+    """Generator's adversarial loss. On the toy teacher its gradient in the renderer's weights starts at 0.06
+    of the reconstruction's (0.0035 against 0.058) and grows with the discriminator's: felt, but not enough
+    to undo stage 1."""
     hr_interval: int = 1
     """Stage 1 computes the terms of the final image every so many steps. The super-resolution starts trained,
     so that where it is most of the work, skipping it buys steps for the renderer."""
