@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastgen.train import demo
-from fastgen.train.config import PRESETS
 from PIL import Image
 
 import fastgen
@@ -22,6 +20,8 @@ from fastgen.__main__ import main, parse_seeds
 from fastgen.camera import CameraDistribution
 from fastgen.models.student import Student
 from fastgen.models.teacher import Teacher
+from fastgen.train import demo
+from fastgen.train.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -303,7 +303,7 @@ WRONG = {
     "too many arguments": ("convert a b c", "c"),
     "not a number": ("demo --minutes soon", "--minutes.*'soon'"),
     "not a choice": ("train --curriculum none", "--curriculum.*two-stage"),
-    "unknown preset": ("train --preset cats", "--preset.*'cats'"),
+    "unknown preset": ("train --preset cats", "'cats'.*--preset"),
     "impossible value": ("train --batch-size 0", "batch_size must be at least 1, got 0"),
     "impossible weight": ("train --lambda-adv=-1", "lambda_adv must be at least 0, got -1"),
     "no frames": ("render --model toy --frames 0 --orbit {tmp}/a.mp4", "frames must be at least 1, got 0"),

@@ -60,8 +60,8 @@ def run(
         tensorboard=False,
     )
     name = Path(teacher).stem
-    perceptual = Perceptual("lpips-vgg" if perceptual_weights else "random-vgg", perceptual_weights)
     teacher = fastgen.load_teacher(teacher)
+    perceptual = Perceptual("lpips-vgg" if perceptual_weights else "random-vgg", perceptual_weights)
     if teacher.camera is None:
         raise ValueError(f"{config.teacher}: the file doesn't say where its cameras stand")
 
