@@ -56,9 +56,7 @@ def pixels(images: Tensor) -> np.ndarray:  # [..., 3, H, W] in [-1, 1]
 
 
 def sheet(
-    rows: Sequence[
-        Sequence[Tensor | np.ndarray]
-    ],  # rows of images [3, H, W] or [1, 3, H, W], or bytes [H, W, 3]
+    rows: Sequence[Sequence[Tensor | np.ndarray]],  # [3, H, W] or [1, 3, H, W], or bytes [H, W, 3]
     labels: Sequence[str] = (),
     captions: Sequence[Sequence[str]] = (),
     title: str = "",

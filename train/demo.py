@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ import fastgen
 from fastgen import info, pictures
 
 from .config import PRESETS, TrainConfig
-from .loop import distil
+from .loop import _device, distil
 from .losses import Perceptual
 from .metrics import evaluate, milliseconds_per_image, psnr
 
@@ -54,13 +55,14 @@ def run(
         out=str(pictures.prepare_folder(out / "run")),
         seed=seed,
         device=device,
-        log_every=10,
+        # Odd, or it would never meet the steps that have a final image, every hr_interval-th.
+        log_every=3,
         grid_every=100,
         checkpoint_every=0,
         tensorboard=False,
     )
     name = Path(teacher).stem
-    teacher = fastgen.load_teacher(teacher)
+    teacher = fastgen.load_teacher(teacher).to(_device(device))
     perceptual = Perceptual("lpips-vgg" if perceptual_weights else "random-vgg", perceptual_weights)
     if teacher.camera is None:
         raise ValueError(f"{config.teacher}: the file doesn't say where its cameras stand")
@@ -119,7 +121,7 @@ def _seconds_afterwards(teacher: nn.Module, images: int, frames: int) -> float:
     """About how long measuring, pictures and film take: by the teacher's images, and as much again."""
     seconds = milliseconds_per_image(teacher, teacher.camera, 4, repeats=2, warmup=1) / 1e3
     timing = 12 * (1 + 8)
-    return 15 + 2 * seconds * (images + timing + FILMED * frames + len(SEEDS))
+    return 30 + 2 * seconds * (images + timing + FILMED * frames + len(SEEDS))
 
 
 def _affordable(config: TrainConfig, teacher: nn.Module, end: float) -> float:
@@ -139,7 +141,8 @@ def _affordable(config: TrainConfig, teacher: nn.Module, end: float) -> float:
         grid_every=0,
     )
     with tempfile.TemporaryDirectory() as folder:
-        distil(dataclasses.replace(trial, out=folder), teacher, progress=False)
+        if distil(dataclasses.replace(trial, out=folder), teacher, progress=False).interrupted:
+            raise KeyboardInterrupt
         lines = [json.loads(line) for line in (Path(folder) / "stats.jsonl").read_text().splitlines()]
     grown = [steps for _, steps, _ in config.growth]
     needed = 0.0
@@ -231,17 +234,29 @@ def _curves(path: Path, stats: Path, config: TrainConfig):
         "adv": "adversarial",
         "discriminator": "discriminator",
     }
+    similar = {
+        "raw_psnr_db": "training batch, low resolution",
+        "psnr_db": "training batch, final",
+        "heldout_psnr_db": "held-out, final, averaged weights",
+    }
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    similar = {"psnr_db": "training batch", "heldout_psnr_db": "held-out, averaged weights"}
     for axes, names in ((left, terms), (right, similar)):
         for key, label in names.items():
             if points := [(line["step"], line[key]) for line in lines if key in line]:
-                style = {"marker": "." if len(points) < 50 else "", "linewidth": 1.8 if "held" in key else 1}
-                axes.plot(*zip(*points, strict=True), label=label, **style)
+                # Batches are small: a point is the mean of some, at most 150 a curve.
+                some = math.ceil(len(points) / 150)
+                means = [np.mean(points[i : i + some], axis=0) for i in range(0, len(points), some)]
+                style = {"marker": "." if len(means) < 50 else "", "linewidth": 1.8 if "held" in key else 1}
+                axes.plot(*np.transpose(means), label=label, **style)
     left.set(yscale="log", title="Loss terms, unweighted", xlabel="step", ylabel="loss")
-    right.set(title="Final images against the teacher's", xlabel="step", ylabel="PSNR in dB")
+    right.set(title="Similarity to the teacher", xlabel="step", ylabel="PSNR in dB")
     for axes in (left, right):
-        axes.axvline(config.stage1_steps, color="gray", linestyle="--", linewidth=1, label="stage 2 begins")
+        grown = 0
+        for side, steps, _ in config.growth:
+            grown += steps
+            label = f"{side} x {side} ends"
+            axes.axvline(grown, color="gray", linestyle=":", linewidth=1, label=label)
+        axes.axvline(config.stage1_steps, color="black", linestyle="--", linewidth=1, label="stage 2 begins")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
