@@ -5,7 +5,7 @@
 The heads are known exactly, so there is nothing adversarial here, only regression, in three phases:
   field   densities and colours at points in space, which need no rendering: shape and colour, fast;
   rays    volume rendering of single rays, each against one jittered analytic ray through the same pixel;
-  image   patches of the feature image through the super-resolution, against jittered analytic pixels.
+  image   the super-resolution, on patches of the feature image, against jittered analytic pixels.
 One sample per pixel is enough: with a squared error the mean of its noise is the anti-aliased image.
 
 The schedule follows the clock (--minutes) or, repeatable to the bit, a number of steps (--steps). A run that
@@ -48,7 +48,7 @@ class ToyConfig:
     """If above 0: this many steps instead, whatever they take."""
     rays_from: float = 0.24
     """Share of the run after which the field phase ends."""
-    image_from: float = 0.65
+    image_from: float = 0.9
     """Share of the run after which the image phase begins."""
     latents: int = 8
     """Heads per step in the field and rays phases."""
@@ -62,6 +62,8 @@ class ToyConfig:
     """Side of a patch in pixels of the feature image."""
     lr: float = 8e-3
     """Adam's learning rate; falls to a fiftieth of it on a cosine."""
+    lr_image: float = 3e-3
+    """The same for the image phase, which begins anew."""
     lr_mapping: float = 20.0
     """The mapping network's learning rate as a multiple: its layers learn at a hundredth by construction."""
     ema: float = 0.996
@@ -216,17 +218,18 @@ def ray_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Tenso
 
 
 def image_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Tensor]:
-    """Patches of the feature image, and what the super-resolution makes of them."""
+    """What the super-resolution makes of patches of the feature image; the rest stays as it is."""
     n, side, full = config.patches, config.patch, teacher.neural_rendering_resolution
     z, c = draw.normal(n, scenes.Z_DIM), draw.poses(n)
-    # Drawn beyond the image and clamped, so that its edges come often enough.
-    corner = (draw.uniform(n, 2) * (full - side + 9) - 4.5).round().clamp(0, full - side)
+    # Half of them near the middle, half from beyond the image, clamped, so that its edges come often enough.
+    spread = torch.where(torch.arange(n, device=z.device) % 2 == 0, 0.5, 2.0).unsqueeze(1)
+    corner = ((0.5 + (draw.uniform(n, 2) - 0.5) * spread) * (full - side)).round().clamp(0, full - side)
     with torch.no_grad():
         jitter = draw.uniform(n, 4 * side * side, 2) - 0.5
         colour, _, _ = scenes.shade(scenes.heads(z), *patch_rays(c, corner * 2, 2 * side, 2 * full, jitter))
         target = colour.transpose(1, 2).unflatten(2, (2 * side, 2 * side))
-    ws = teacher.mapping(z, c, update_emas=True)
-    out = render(teacher, teacher.backbone_planes(ws, "none"), *patch_rays(c, corner, side, full), None)
+        ws = teacher.mapping(z, c)
+        out = render(teacher, teacher.backbone_planes(ws, "none"), *patch_rays(c, corner, side, full), None)
     features = out.features.transpose(1, 2).unflatten(2, (side, side)).contiguous()
     # The blocks, not super_resolve: a patch keeps its size.
     w = ws[:, -1:].expand(-1, 3, -1)
@@ -235,11 +238,10 @@ def image_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Ten
 
     # Near a cut edge the convolutions see padding where the whole image would go on.
     at = torch.arange(2 * side, device=z.device)
-    keep = ((at >= 6) | (corner[..., None] == 0)) & ((at < 2 * side - 6) | (corner[..., None] == full - side))
+    keep = ((at >= 4) | (corner[..., None] == 0)) & ((at < 2 * side - 4) | (corner[..., None] == full - side))
     keep = (keep[:, 1, :, None] & keep[:, 0, None, :]).float()[:, None]
     error = (image - target).square() * keep
-    raw = (features[:, :3] - F.avg_pool2d(target, 2)).square().mean()
-    return {"image": error.sum() / (3 * keep.sum()), "raw": 0.5 * raw}
+    return {"image": error.sum() / (3 * keep.sum())}
 
 
 def patch_rays(c: Tensor, corner: Tensor, side: int, full: int, jitter: Tensor | None = None):
@@ -268,9 +270,12 @@ def render(teacher: Teacher, planes: Tensor, origins: Tensor, directions: Tensor
 
 
 def learning_rate(config: ToyConfig, progress: float, step: int) -> float:
-    """Linear over the first 100 steps, then a cosine to a fiftieth."""
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return config.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * cosine)
+    """Linear over the first 100 steps, then a cosine to a fiftieth; one of its own in the image phase."""
+    begin, end, peak = 0.0, config.image_from, config.lr
+    if progress >= config.image_from:
+        begin, end, peak = config.image_from, 1.0, config.lr_image
+    cosine = 0.5 * (1 + math.cos(math.pi * min((progress - begin) / max(end - begin, 1e-9), 1.0)))
+    return peak * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * cosine)
 
 
 @torch.no_grad()
