@@ -51,7 +51,7 @@ def _first(act: str, v: Tensor, alpha: float) -> Tensor:
     if act == "linear":
         return torch.ones_like(v)
     if act in ("relu", "lrelu"):
-        return torch.where(v > 0, 1.0, alpha).to(v.dtype)
+        return torch.where(v > 0, 1.0, alpha if act == "lrelu" else 0.0).to(v.dtype)
     if act == "tanh":
         return 1 - v.tanh().square()
     if act == "elu":

@@ -17,6 +17,7 @@ class TestBiasAct(OpChecks):
     cases = [
         case("swish_small", (2, 3, 4, 5), (3,), act="swish", gain=1.5, clamp=0.8),
         case("lrelu_slope", (2, 6, 5, 7), (6,), act="lrelu", alpha=0.1),
+        case("relu_without_slope", (2, 6, 5, 7), (6,), act="relu", alpha=0.5),
         *(case(act, (2, 6, 5, 7), (6,), act=act) for act in DEFAULTS),
         *(case(f"{act}_clamp", (2, 70), (70,), act=act, gain=0.5, clamp=0.4) for act in DEFAULTS),
         case("no_bias", (2, 3, 4), act="selu", gain=-2.0),
