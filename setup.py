@@ -71,6 +71,7 @@ def extension(kind, name, folder, macros=()):
     return kind(
         name,
         sources,
+        depends=[str(path) for path in sorted(Path("csrc").rglob("*.h"))],
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_TORCH), *macros],
         extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo"]},
@@ -83,7 +84,7 @@ if CUDA != "0":
     try:
         release = cuda_version()
         newest = "8.0;9.0;10.0;12.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX"
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", newest)
+        archs = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or newest
         macros = [("USE_CUDA", None), ("FASTGEN_ARCHS", re.sub(r"[;,\s]+", "_", archs.strip()))]
         extensions.append(extension(CUDAExtension, "fastgen._cuda", "cuda", macros))
     except RuntimeError as error:
@@ -93,6 +94,14 @@ if CUDA != "0":
 
 
 class Build(BuildExtension):
+    def run(self):
+        super().run()
+        if len(self.extensions) == 1:  # an earlier build's CUDA library would be loaded, or packed
+            for folder in (Path(self.build_lib, "fastgen"), *([Path("fastgen")] if self.inplace else [])):
+                for old in folder.glob("_cuda*.so"):
+                    say(f"removing {old}, which an earlier build left")
+                    old.unlink()
+
     def build_extensions(self):
         try:
             super().build_extensions()

@@ -17,6 +17,18 @@ inline Activation activation_of(const std::string& name) {
   FASTGEN_CHECK(false, "bias_act: unknown act '", name, "'");
 }
 
+// The public function has checked these already; the raw op must not read out of bounds either.
+inline void check_arguments(const Tensor* ddx, const Tensor* dy, const Tensor& x,
+                            const std::optional<Tensor>& b, int64_t dim) {
+  if (dy) check_like("bias_act", x, "dy", *dy);
+  if (ddx) check_like("bias_act", x, "ddx", *ddx);
+  if (!b) return;
+  FASTGEN_CHECK(dim >= 0 && dim < x.dim(), "bias_act: dim must be a dimension of x, got ", dim);
+  FASTGEN_CHECK(b->dim() == 1 && b->size(0) == x.size(dim), "bias_act: b must have x.shape[dim] elements");
+  FASTGEN_CHECK(b->scalar_type() == x.scalar_type() && b->is_cpu() == x.is_cpu(),
+                "bias_act: b must have x's dtype and device");
+}
+
 namespace math {
 
 FASTGEN_INLINE double exp(double x) {

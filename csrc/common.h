@@ -84,6 +84,14 @@ T* mutable_data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
+// Kernels read `other` where they read x: it must be as large, and of the same kind.
+inline void check_like(const char* op, const Tensor& x, const char* name, const Tensor& other) {
+  bool same = other.dim() == x.dim() && other.scalar_type() == x.scalar_type() &&
+              other.is_cpu() == x.is_cpu() && other.get_device_index() == x.get_device_index();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = other.size(i) == x.size(i);
+  FASTGEN_CHECK(same, op, ": ", name, " must have x's shape, dtype and device");
+}
+
 // `x` with the layout of `model`, which has the same shape: itself where it has that layout already.
 inline Tensor with_layout_of(const Tensor& model, const Tensor& x) {
   bool same = true;

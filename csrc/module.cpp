@@ -11,16 +11,18 @@
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 
+namespace fastgen {
 #ifdef USE_CUDA
-static const char* build =
+extern const char* const build =
     "torch " TORCH_VERSION ", CUDA " STRING(CUDART_VERSION) ", sm " STRING(FASTGEN_ARCHS) ", " __VERSION__;
 #else
-static const char* build = "torch " TORCH_VERSION ", compiler " __VERSION__;
+extern const char* const build = "torch " TORCH_VERSION ", compiler " __VERSION__;
 #endif
+}  // namespace fastgen
 
 PyMODINIT_FUNC JOIN(PyInit_, TORCH_EXTENSION_NAME)() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, STRING(TORCH_EXTENSION_NAME), nullptr, -1, nullptr};
   PyObject* module = PyModule_Create(&definition);
-  if (module && PyModule_AddStringConstant(module, "build", build) < 0) return nullptr;
+  if (module && PyModule_AddStringConstant(module, "build", fastgen::build) < 0) return nullptr;
   return module;
 }

@@ -2,7 +2,9 @@
 
 `load` runs once, at `import fastgen`: it loads the compiled libraries that were built, and their kernels
 register themselves with the PyTorch dispatcher. A missing or unloadable library is not an error: the
-dispatcher then falls back to Triton or to the reference, and `status` keeps the exact reason.
+dispatcher then falls back to Triton or to the reference, and `status` keeps the exact reason. A CUDA library
+that was built for other devices than the visible ones is loaded all the same; `status` says that it is not
+usable, and its kernels raise when they are called.
 """
 
 import contextlib
@@ -57,7 +59,7 @@ def _torch_version() -> tuple[int, ...]:
 
 
 def status() -> dict[str, tuple[bool, str]]:
-    """Per backend: is it usable here, and where it is (usable) or why not."""
+    """Per backend: is it usable here, and where it is (usable) or why not. Asks CUDA for its devices."""
     found = {"cpu": _library_status("cpu"), "cuda": _library_status("cuda"), "triton": _triton_status()}
     if found["cuda"][0] and (problem := _device_problem()):
         found["cuda"] = (False, problem)
@@ -72,16 +74,36 @@ def _library_status(backend: str) -> tuple[bool, str]:
 
 
 def _device_problem() -> str:
+    """Why the CUDA library serves no visible device; empty if it serves one, or if that cannot be told."""
     if not torch.cuda.is_available():
         return "no CUDA device is visible"
-    # Binaries for 8.0 run on 8.6; PTX of the newest runs on anything newer: so only the oldest one matters.
-    archs = re.search(r"sm ([\w.+]+)", _libraries["cuda"].build)[1]
-    oldest = min(tuple(int(part) for part in arch.split(".")) for arch in re.findall(r"\d+\.\d+", archs))
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if capability < oldest:
-            return f"cuda:{index} has compute capability {capability}, the library was built for {archs}"
-    return ""
+    built = re.search(r"\bsm ([\w.+]*)", _libraries["cuda"].build)
+    archs = built[1] if built else ""
+    try:
+        devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # the driver or a device is out of order
+        return f"CUDA does not start: {error}"
+    if any(_serves(archs, device) for device in devices):
+        return ""
+    found = ", ".join(f"{major}.{minor}" for major, minor in devices)
+    return f"built for compute capability {archs.replace('_', ', ')}; visible: {found}"
+
+
+def _serves(archs: str, device: tuple[int, int]) -> bool:
+    """Has a library built for `archs`, such as "8.0_9.0+PTX", code that runs on a device of this capability?
+
+    Binaries run on the same major version from their minor version on, PTX on everything newer; an `a` ties
+    both to one capability, an `f` to one major version. True where archs are names ("Hopper") or none.
+    """
+    parsed = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch) for arch in archs.split("_")]
+    if not all(parsed):
+        return True
+    for arch in parsed:
+        built, only, ptx = (int(arch[1]), int(arch[2])), arch[3], arch[4]
+        same_major = built[0] == device[0] and only != "a"
+        if built == device or (built <= device and (same_major or (ptx and not only))):
+            return True
+    return False
 
 
 def _triton_status() -> tuple[bool, str]:
@@ -89,11 +111,14 @@ def _triton_status() -> tuple[bool, str]:
         return False, "triton is not installed"
     if not torch.cuda.is_available():
         return False, "no CUDA device is visible"
-    return True, f"triton {importlib.metadata.version('triton')}"
+    try:
+        return True, f"triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:  # nightly builds come under another name
+        return True, "triton"
 
 
 def served(op: str) -> dict[str, tuple[str, str]]:
-    """Per device type: the backend that serves `op` by default, and why not a faster one."""
+    """Per device type: the backend that calls of `op` reach, and why it cannot run, or why none is faster."""
     registered = torch._C._dispatch_dump(f"fastgen::{op}")
     answer = {}
     for device, (usable, reason) in status().items():

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
+import pytest
 import torch
 
-from fastgen import _backends
+from fastgen import _backends, ops  # noqa: F401  (ops defines the ops)
 
 ROOT = Path(__file__).parents[1]
 COMPILED = ("upfirdn2d", "bias_act", "bias_act_bwd", "bias_act_bwd2")
@@ -30,8 +32,6 @@ def run(code: str, **environment) -> str:
 def test_cpu_library_serves_its_ops():
     usable, where = _backends.status()["cpu"]
     assert usable, where
-    import fastgen.ops  # noqa: F401  (defines the ops)
-
     for op in COMPILED:
         assert _backends.served(op)["cpu"] == ("cpu", "")
     assert _backends.served("fma")["cpu"][0] == "reference"
@@ -43,6 +43,60 @@ def test_status_gives_a_reason_for_what_is_missing():
     assert found["reference"] == (True, "")
     for usable, reason in found.values():
         assert usable or reason
+
+
+@pytest.mark.parametrize(
+    "archs, serves, refuses",
+    [
+        ("8.0_9.0", [(8, 0), (8, 6), (9, 0)], [(7, 5), (10, 0), (12, 0)]),
+        ("8.6_9.0+PTX", [(8, 6), (8, 9), (9, 0), (10, 3), (12, 0)], [(8, 0)]),
+        ("9.0a+PTX_10.0f", [(9, 0), (10, 0), (10, 3)], [(9, 1), (11, 0), (12, 0)]),
+        ("12.0+PTX", [(12, 0), (12, 1), (13, 0)], [(9, 0), (10, 0)]),
+        ("Hopper", [(9, 0), (7, 5)], []),  # cannot be told: the launch will
+        ("", [(9, 0), (7, 5)], []),
+    ],
+)
+def test_cuda_status_is_exact_and_never_raises(archs, serves, refuses, monkeypatch):
+    library = types.SimpleNamespace(__file__="there", build=f"torch 2.11.0, CUDA 13000, sm {archs}, 13.1.0")
+    monkeypatch.setitem(_backends._libraries, "cuda", library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    visible = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: visible[i])
+    for device in serves:
+        visible[:] = [device]
+        assert _backends.status()["cuda"] == (True, f"there ({library.build})"), device
+    for device in refuses:
+        visible[:] = [device]
+        assert _backends.status()["cuda"] == (
+            False,
+            f"built for compute capability {archs.replace('_', ', ')}; visible: {device[0]}.{device[1]}",
+        )
+    visible[:] = [*refuses, *serves]  # one that is served is enough
+    assert _backends.status()["cuda"][0]
+
+    def broken(index):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", broken)
+    assert _backends.status()["cuda"] == (False, "CUDA does not start: out of memory")
+
+
+def test_raw_bias_act_refuses_what_it_would_read_out_of_bounds():
+    assert _backends.status()["cpu"][0]
+    x, rest = torch.randn(2, 3, 5, 5), (1, "swish", 0.0, 1.0, -1.0)
+    raw = torch.ops.fastgen
+    for wrong in (x.bfloat16(), x[:1], x[..., :4], x[0]):
+        with pytest.raises(RuntimeError, match="dy must have x's shape, dtype and device"):
+            raw.bias_act_bwd(wrong, x, None, *rest)
+        with pytest.raises(RuntimeError, match="ddx must have x's shape, dtype and device"):
+            raw.bias_act_bwd2(wrong, x, x, None, *rest)
+    with pytest.raises(RuntimeError, match=r"b must have x.shape\[dim\] elements"):
+        raw.bias_act(x, torch.randn(2), *rest)
+    with pytest.raises(RuntimeError, match="b must have x's dtype"):
+        raw.bias_act(x, torch.randn(3).double(), *rest)
+    with pytest.raises(RuntimeError, match="dim must be a dimension of x, got 4"):
+        raw.bias_act(x, torch.randn(3), 4, *rest[1:])
 
 
 BLOCK = "import sys\nsys.modules.update(dict.fromkeys({names}))\n"  # none of these can be imported then

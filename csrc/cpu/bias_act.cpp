@@ -137,6 +137,7 @@ Tensor apply(const Tensor* ddx, const Tensor* dy, const Tensor& x, const std::op
              int64_t dim, const std::string& act, double alpha, double gain, double clamp) {
   Tensor out = torch::stable::empty_like(x);
   const int64_t count = x.numel();
+  check_arguments(ddx, dy, x, b, dim);
   if (!count) return out;
   const Tensor dense_x = with_layout_of(out, x);
   const Tensor dense_dy = dy ? with_layout_of(out, *dy) : x;

@@ -136,6 +136,7 @@ Tensor apply(const Tensor* ddx, const Tensor* dy, const Tensor& x, const std::op
   const Launch on(x);
   Tensor out = torch::stable::empty_like(x);
   const int64_t count = x.numel();
+  check_arguments(ddx, dy, x, b, dim);
   if (!count) return out;
   const Tensor dense_x = with_layout_of(out, x);
   const Tensor dense_dy = dy ? with_layout_of(out, *dy) : x;
@@ -143,10 +144,6 @@ Tensor apply(const Tensor* ddx, const Tensor* dy, const Tensor& x, const std::op
   const Tensor dense_b = b ? torch::stable::contiguous(*b) : x;
   if (dy) dy = &dense_dy;
   if (ddx) ddx = &dense_ddx;
-  for (const Tensor* other : {b ? &dense_b : nullptr, dy, ddx}) {
-    FASTGEN_CHECK(!other || other->scalar_type() == x.scalar_type(),
-                  "bias_act: all tensors must have x's dtype");
-  }
   const bool aligned = is_aligned(&dense_x) && is_aligned(dy) && is_aligned(ddx) && is_aligned(&out);
   const int64_t channels = b ? x.size(dim) : 1;
   const int64_t inner = channels == 1 ? count : out.stride(dim);

@@ -10,6 +10,8 @@ namespace fastgen {
 
 constexpr int threads = 256;  // a block
 
+extern const char* const build;  // in module.cpp: what this library was built with and for
+
 // Makes x's device current while it lives, and knows the stream that PyTorch uses there.
 class Launch {
  public:
@@ -30,7 +32,13 @@ class Launch {
 
   static void check(const char* op) {
     const cudaError_t error = cudaGetLastError();
-    FASTGEN_CHECK(error == cudaSuccess, op, ": CUDA kernel not launched: ", cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    FASTGEN_CHECK(false, op, ": CUDA kernel not launched: ", cudaGetErrorString(error), " (cuda:", device,
+                  " has compute capability ", major, ".", minor, "; the library is built for ", build, ")");
   }
 
  private:
