@@ -5,7 +5,7 @@
 The heads are known exactly, so there is nothing adversarial here, only regression, in three phases:
   field   densities and colours at points in space, which need no rendering: shape and colour, fast;
   rays    volume rendering of single rays, each against one jittered analytic ray through the same pixel;
-  image   the super-resolution, on patches of the feature image, against jittered analytic pixels.
+  image   patches of the feature image through the super-resolution, against jittered analytic pixels.
 One sample per pixel is enough: with a squared error the mean of its noise is the anti-aliased image.
 
 The schedule follows the clock (--minutes) or, repeatable to the bit, a number of steps (--steps). A run that
@@ -42,7 +42,7 @@ class ToyConfig:
 
     out: str = "out/toy"
     """Folder for checkpoint.pt, config.json, stats.jsonl, grid_*.png and teacher.safetensors."""
-    minutes: float = 60.0
+    minutes: float = 85.0
     """Wall time of the whole run, evaluation included; the schedule follows the clock."""
     steps: int = 0
     """If above 0: this many steps instead, whatever they take."""
@@ -58,11 +58,11 @@ class ToyConfig:
     """Rays per head in the rays phase."""
     patches: int = 8
     """Heads per step in the image phase, a patch of each."""
-    patch: int = 28
+    patch: int = 24
     """Side of a patch in pixels of the feature image."""
     lr: float = 8e-3
     """Adam's learning rate; falls to a fiftieth of it on a cosine."""
-    lr_image: float = 3e-3
+    lr_image: float = 2e-3
     """The same for the image phase, which begins anew."""
     lr_mapping: float = 20.0
     """The mapping network's learning rate as a multiple: its layers learn at a hundredth by construction."""
@@ -218,7 +218,7 @@ def ray_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Tenso
 
 
 def image_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Tensor]:
-    """What the super-resolution makes of patches of the feature image; the rest stays as it is."""
+    """Patches of the feature image, and what the super-resolution makes of them."""
     n, side, full = config.patches, config.patch, teacher.neural_rendering_resolution
     z, c = draw.normal(n, scenes.Z_DIM), draw.poses(n)
     # Half of them near the middle, half from beyond the image, clamped, so that its edges come often enough.
@@ -228,8 +228,8 @@ def image_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Ten
         jitter = draw.uniform(n, 4 * side * side, 2) - 0.5
         colour, _, _ = scenes.shade(scenes.heads(z), *patch_rays(c, corner * 2, 2 * side, 2 * full, jitter))
         target = colour.transpose(1, 2).unflatten(2, (2 * side, 2 * side))
-        ws = teacher.mapping(z, c)
-        out = render(teacher, teacher.backbone_planes(ws, "none"), *patch_rays(c, corner, side, full), None)
+    ws = teacher.mapping(z, c, update_emas=True)
+    out = render(teacher, teacher.backbone_planes(ws, "none"), *patch_rays(c, corner, side, full), None)
     features = out.features.transpose(1, 2).unflatten(2, (side, side)).contiguous()
     # The blocks, not super_resolve: a patch keeps its size.
     w = ws[:, -1:].expand(-1, 3, -1)
@@ -241,7 +241,8 @@ def image_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Ten
     keep = ((at >= 4) | (corner[..., None] == 0)) & ((at < 2 * side - 4) | (corner[..., None] == full - side))
     keep = (keep[:, 1, :, None] & keep[:, 0, None, :]).float()[:, None]
     error = (image - target).square() * keep
-    return {"image": error.sum() / (3 * keep.sum())}
+    raw = (features[:, :3] - F.avg_pool2d(target, 2)).square().mean()
+    return {"image": error.sum() / (3 * keep.sum()), "raw": 0.5 * raw}
 
 
 def patch_rays(c: Tensor, corner: Tensor, side: int, full: int, jitter: Tensor | None = None):

@@ -135,7 +135,7 @@ def test_the_embedded_teacher_shows_the_analytic_heads():
     assert checkpoint.TOY.stat().st_size <= 8e6
     teacher = fastgen.load_teacher("toy")
     # Other latents and poses than training's own evaluation looks at.
-    z, c = (t[-8:] for t in toy.held_out(64))
+    z, c = (t[-24:] for t in toy.held_out(64))
     truth, depth = toy.picture(z, c, 128)
     with torch.no_grad():
         out = teacher(z, c)
