@@ -167,11 +167,14 @@ class Student(nn.Module):
         c: Tensor,  # [N, c_dim]  the conditioning pose
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
+        update_emas: bool = False,
     ) -> Tensor:
         """The teacher's mapping: ws [N, num_ws, w_dim]."""
         require_shape("Student.mapping", "z", z, (None, self.z_dim), "[N, z_dim]")
         require_shape("Student.mapping", "c", c, (None, self.c_dim), "[N, c_dim]")
-        return self.teacher_mapping(z, c * self.conditioning_scale, truncation_psi, truncation_cutoff)
+        return self.teacher_mapping(
+            z, c * self.conditioning_scale, truncation_psi, truncation_cutoff, update_emas
+        )
 
     def render(
         self,
@@ -183,8 +186,7 @@ class Student(nn.Module):
         """The convolutional stand-in for volume rendering. A smaller `resolution` stops at that block's sum.
 
         Returns: feature_image [N, feature_channels, h, w] and image_raw [N, 3, h, w], its first channels,
-        about
-          [-1, 1].
+        about [-1, 1].
         """
         require_shape("Student.render", "ws", ws, (None, self.num_ws, self.w_dim), "[N, num_ws, w_dim]")
         require_shape("Student.render", "c", c, (ws.shape[0], 25), "[N, 25]")
@@ -202,12 +204,22 @@ class Student(nn.Module):
         self,
         ws: Tensor,  # [N, num_ws, w_dim]
         c: Tensor,  # [N, 25]  the camera
+        neural_rendering_resolution: int | None = None,
         noise_mode: str = "const",
+        u_coarse: Tensor | None = None,
+        u_fine: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Styles and pose to images: render, super_resolve. The noise mode is the renderer's.
 
+        neural_rendering_resolution: only the student's own, or None. u_coarse, u_fine: ignored, for the
+        teacher's call shape; nothing is sampled along rays.
         Returns: image [N, 3, H, W], and feature_image, image_raw as `render` gives them.
         """
+        if neural_rendering_resolution not in (None, self.neural_rendering_resolution):
+            raise ValueError(
+                f"Student.synthesis: neural_rendering_resolution must be {self.neural_rendering_resolution}, "
+                f"which the student was made for, or None, got {neural_rendering_resolution!r}"
+            )
         rendered = self.render(ws, c, noise_mode)
         return {"image": self.super_resolve(rendered["feature_image"], ws)} | rendered
 

@@ -31,9 +31,25 @@ def test_call_shape(teacher, student):
     }
     assert torch.equal(mine["image_raw"], mine["feature_image"][:, :3])
     assert torch.equal(student(z, c, truncation_psi=0.7, truncation_cutoff=3)["image"], mine["image"])
+    # As code written for a generator that samples rays calls it; positions too are the teacher's.
+    u = torch.rand(3, 64, 6)
+    called = student.synthesis(ws, c, 8, "const", u_coarse=u[..., None], u_fine=u)
+    assert all(torch.equal(called[name], image) for name, image in mine.items())
     # The same super-resolution of the same features.
     features = theirs["feature_image"]
     assert torch.equal(student.super_resolve(features, ws), teacher.super_resolve(features, ws))
+
+
+def test_mapping_follows_the_mean_as_the_teacher(teacher, student):
+    z, c = torch.randn(3, teacher.z_dim), CameraDistribution().sample(3)
+    before = student.teacher_mapping.w_avg.clone()
+    for model in (teacher, student):
+        model.mapping(z, c)
+    assert torch.equal(student.teacher_mapping.w_avg, before)
+    for model in (teacher, student):
+        model.mapping(z, c, update_emas=True)
+    assert torch.equal(student.teacher_mapping.w_avg, teacher.backbone.mapping.w_avg)
+    assert not torch.equal(student.teacher_mapping.w_avg, before)
 
 
 def test_what_is_trained(teacher, student):
@@ -118,6 +134,8 @@ def test_errors(teacher, student):
         student.synthesis(torch.randn(2, student.num_ws, 7), c)
     with pytest.raises(ValueError, match=r"Student.render: c must have shape .* = \[1, 25\], got \[2, 25\]"):
         student.synthesis(torch.randn(1, student.num_ws, student.w_dim), c)
+    with pytest.raises(ValueError, match="neural_rendering_resolution must be 8, .* or None, got 16"):
+        student.synthesis(torch.randn(2, student.num_ws, student.w_dim), c, 16)
     with pytest.raises(ValueError, match="size must be one of full, compact, toy, got 'tiny'"):
         Student.from_teacher(teacher, "tiny")
     with pytest.raises(ValueError, match="pose_input must be 'mapping', got 'rays'"):
