@@ -4,20 +4,18 @@ Source: Chan et al. 2022, supplement (training gammas, cameras); Chan et al. 202
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .camera import CameraDistribution, focal_from_fov
 
 
 @dataclass(frozen=True)
 class Preset:
-    """teacher: keywords of Teacher; camera: where to render from; r1_gamma, gpc_reg_prob: for training."""
+    """teacher: keywords of Teacher; camera: where to render from; r1_gamma: of the training."""
 
     teacher: dict
     camera: CameraDistribution
     r1_gamma: float = 1.0
-    gpc_reg_prob: float = 0.5
-    about: str = field(default="", compare=False)
 
 
 _FACES = {
@@ -40,7 +38,6 @@ PRESETS = {
             focal=4.2647, pivot=(0, 0, 0.2), radius=2.7, azimuth_spread=0.3, polar_spread=0.155
         ),
         r1_gamma=1.0,
-        about="EG3D, human faces, 512x512",
     ),
     "afhqcats512": Preset(
         teacher={
@@ -53,7 +50,6 @@ PRESETS = {
             focal=4.2647, pivot=(0, 0, -0.06), radius=2.7, azimuth_spread=0.3, polar_spread=0.155
         ),
         r1_gamma=5.0,
-        about="EG3D, cat faces, 512x512",
     ),
     "shapenetcars128": Preset(
         teacher={
@@ -81,7 +77,6 @@ PRESETS = {
             kind="uniform",
         ),
         r1_gamma=0.3,
-        about="EG3D, cars, 128x128",
     ),
     "toy": Preset(
         teacher={
@@ -116,7 +111,6 @@ PRESETS = {
             kind="uniform",
         ),
         r1_gamma=1.0,
-        about="the embedded procedural teacher, 128x128",
     ),
 }
 
