@@ -116,9 +116,9 @@ class MappingNetwork(nn.Module):
         truncation_cutoff: int | None = None,
         update_emas: bool = False,
     ) -> Tensor:
-        """Map to the style space.
- w is pulled towards the mean, lerp(w_avg, w, truncation_psi), in the first `truncation_cutoff` ws (None:
-        in all).
+        """Map to the style space; ws in the first `truncation_cutoff` places (None: in all) are pulled
+        towards the mean, lerp(w_avg, w, truncation_psi).
+
         Returns: ws [N, num_ws, w_dim].
         """
         parts = []
