@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from fastgen.train import scenes, toy
 
 import fastgen
 from fastgen import camera, checkpoint, presets
+from fastgen.train import scenes, toy
 
 Z = torch.randn(3, scenes.Z_DIM, generator=torch.Generator().manual_seed(1))
 C = toy.poses(3, torch.Generator().manual_seed(2))
