@@ -1,5 +1,7 @@
 """The one tolerance rule: at most twice the rounding error that the reference makes in the tested dtype."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,5 +28,6 @@ def assert_accurate(
     allowed = 4 * eps * exact.abs().max().item()
     if same_dtype is not None:
         allowed += 2 * (same_dtype.detach().double().cpu()[finite] - exact).abs().max().item()
+    assert math.isfinite(allowed), f"{what}: the reference in the same dtype is not finite"
     error = (got - exact).abs().max().item()
     assert error <= allowed, f"{what}: largest error {error:.3g}, allowed {allowed:.3g}"

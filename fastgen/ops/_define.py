@@ -58,8 +58,8 @@ def define(
         plain = reference
         _library.impl(name, reference, "CompositeImplicitAutograd")
     else:
-        plain = _without_autocast(reference)
-        _library.impl(name, _fresh(_without_autocast(kernel or reference)), "CompositeExplicitAutograd")
+        plain = without_autocast(reference)
+        _library.impl(name, _fresh(without_autocast(kernel or reference)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(
@@ -75,8 +75,9 @@ def define(
     return call
 
 
-def _without_autocast(function: Callable) -> Callable:
-    # An op computes in the dtypes it is given; autocast would turn the convolutions inside to 16 bits.
+def without_autocast(function: Callable) -> Callable:
+    """An op computes in the dtypes it is given; autocast would turn the convolutions inside to 16 bits."""
+
     @functools.wraps(function)
     def run(*args):
         device = next(a.device.type for a in args if isinstance(a, Tensor))
@@ -119,10 +120,13 @@ def wide(x: Tensor) -> Tensor:
 # The backend.
 
 
+_NAMES = ("auto", "cpu", "cuda", "triton", "reference")
+
+
 def _check_choice(name: str) -> str:
-    names = ("auto", *_backends.status())
-    if name not in names:
-        raise ValueError(f"backend must be one of {', '.join(names)}, got {name!r}")
+    if name not in _NAMES:
+        raise ValueError(f"backend must be one of {', '.join(_NAMES)}, got {name!r}")
+    # Only what asks for kernels looks for them: the look may start CUDA, which an import must not.
     if name not in ("auto", "reference"):
         usable, reason = _backends.status()[name]
         if usable and name == "triton" and not _triton_ops:
@@ -135,14 +139,18 @@ def _check_choice(name: str) -> str:
 class backend:
     """`with fastgen.backend("reference"): ...` chooses what ops run on, for the whole process.
 
-    One of auto (the best for each op and device), cuda, cpu, triton, reference. At the start it is the
-    environment's FASTGEN_BACKEND, or auto. An op that has no kernel in the chosen backend runs as in auto.
-    What `reference` records for autograd stays plain PyTorch, wherever it is differentiated.
+    auto       the best kernel for each op and device, else the reference
+    reference  plain PyTorch; what it records for autograd stays so, wherever it is differentiated
+    cpu, cuda, triton
+               require that the compiled CPU or CUDA library, or Triton, is usable here, and raise otherwise;
+               then as auto: the place of its tensors still says where an op runs, and one without such a
+               kernel runs what it has
+    At the start it is the environment's FASTGEN_BACKEND, or auto.
     Raises: RuntimeError where the backend is missing, with the reason; ValueError on another name.
     """
 
     def __init__(self, name: str):
-        self.name = name if name == "reference" else _check_choice(name)
+        self.name = _check_choice(name)
 
     def __enter__(self):
         global _choice
@@ -192,17 +200,27 @@ def require_shape(op: str, name: str, x: Tensor, shape: Sequence[int | None], ax
 
 
 def require_same_device(op: str, **tensors: Tensor | None) -> None:
-    """All tensors are where the first one is."""
-    (first, x), *others = tensors.items()
+    """All are tensors (or None), where the first one is."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    for name, tensor in given.items():
+        require_tensor(op, name, tensor)
+    (first, x), *others = given.items()
     for name, tensor in others:
-        if tensor is not None and tensor.device != x.device:
+        if tensor.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device} like {first}, got {tensor.device}")
+
+
+def require_number(op: str, name: str, value) -> float:
+    """A number, as a float."""
+    ok = isinstance(value, int | float) or hasattr(value, "__float__")
+    require(ok, op, name + " must be a number, got {!r}", value)
+    return float(value)
 
 
 def require_ints(op: str, name: str, value, counts: Sequence[int], at_least: int | None = None) -> list[int]:
     """One int, or as many as one of the counts; returns as many as the last: [x, y] or [x0, x1, y0, y1]."""
     values = [value] if isinstance(value, int) else value
-    ints = isinstance(values, list | tuple) and all(isinstance(v, int) for v in values)
+    ints = isinstance(values, list | tuple) and all(isinstance(v, int | torch.SymInt) for v in values)
     if not ints or len(values) not in (1, *counts):
         forms = {2: "[x, y]", 4: "[x0, x1, y0, y1]"}
         wanted = " or ".join(["an int", *(forms[n] for n in counts)])

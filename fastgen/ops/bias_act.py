@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define, require, require_same_device, require_tensor, wide
+from ._define import define, require, require_number, require_same_device, require_tensor, wide
 
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934, 1.6732632423543772848
 
@@ -102,6 +102,8 @@ def bias_act_reference(
     """bias_act by PyTorch's functions; differentiable twice in x and b."""
     y = _VALUE[act](_biased(x, b, dim), alpha)
     y = y * gain if gain != 1 else y
+    # The dispatcher wants an output that is not the input.
+    y = y.clone() if y is x else y
     return _like(y if clamp < 0 else y.clamp(-clamp, clamp), x)
 
 
@@ -239,7 +241,8 @@ def bias_act(
     require_tensor("bias_act", "x", x)
     if b is None:
         return _bias_act(x, None, 0, act, alpha, gain, clamp)
-    require(-x.ndim <= dim < x.ndim, "bias_act", "dim must be one of the {} of x, got {}", x.ndim, dim)
+    known = isinstance(dim, int) and -x.ndim <= dim < x.ndim
+    require(known, "bias_act", "dim must be one of the {} of x, got {!r}", x.ndim, dim)
     require_tensor("bias_act", "b", b, "x.shape[dim]")
     text = "b must have {} elements, as x has along dim {}, got {}"
     require(b.shape[0] == x.shape[dim], "bias_act", text, x.shape[dim], dim, b.shape[0])
@@ -247,12 +250,15 @@ def bias_act(
     return _bias_act(x, b.to(x.dtype), dim % x.ndim, act, alpha, gain, clamp)
 
 
-def check_act(op: str, act: str, alpha, gain, clamp) -> tuple[float, float, float]:
+def check_act(op: str, act: str, alpha, gain, clamp, names=("alpha", "gain")) -> tuple[float, float, float]:
     """alpha, gain and clamp as the op wants them: numbers, and a negative clamp for none."""
-    require(act in DEFAULTS, op, "act must be one of {}, got {!r}", ", ".join(DEFAULTS), act)
-    require(clamp is None or clamp >= 0, op, "clamp must be at least 0, got {}", clamp)
+    known = isinstance(act, str) and act in DEFAULTS
+    require(known, op, "act must be one of {}, got {!r}", ", ".join(DEFAULTS), act)
     alpha, gain = (
-        default if given is None else given
-        for given, default in zip((alpha, gain), DEFAULTS[act], strict=True)
+        default if given is None else require_number(op, name, given)
+        for name, given, default in zip(names, (alpha, gain), DEFAULTS[act], strict=True)
     )
-    return float(alpha), float(gain), -1.0 if clamp is None else float(clamp)
+    if clamp is None:
+        return alpha, gain, -1.0
+    require(require_number(op, "clamp", clamp) >= 0, op, "clamp must be at least 0, got {}", clamp)
+    return alpha, gain, float(clamp)

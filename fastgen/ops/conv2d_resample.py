@@ -109,19 +109,18 @@ def check_resample(op: str, x, w, f, up, down, padding, groups: int = 1, names=(
             value,
         )
     o, i = w.shape[:2]
-    require(
-        x.shape[1] == groups * i,
-        op,
-        "x must have groups * I = {} * {} channels, got {}",
-        groups,
-        i,
-        x.shape[1],
-    )
+    for name, images in (("x", x), (names[0], w)):
+        text = "{} must have at least one row and one column, got {}"
+        require(images.shape[2] > 0 and images.shape[3] > 0, op, text, name, images.shape)
+    product = "" if groups == 1 else "groups * I = {1} * "
+    text = "x must have " + product + "{2} channels, got {0}"
+    require(x.shape[1] == groups * i, op, text, x.shape[1], groups, i)
     require(o % groups == 0, op, "{} must have a multiple of groups={} outputs, got {}", names[0], groups, o)
     padding = require_ints(op, "padding", padding, [2, 4])
     fh = fw = 1
     if f is not None:
         require_tensor(op, names[1], f, ("taps", "fh fw"))
+        require(f.numel() > 0, op, "{} must have at least one tap, got {}", names[1], f.shape)
         require_same_device(op, x=x, **{names[1]: f})
         fh, fw = f.shape[0], f.shape[-1]
     for axis, taps in ((0, fw), (1, fh)):

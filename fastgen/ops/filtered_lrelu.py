@@ -58,6 +58,8 @@ def filtered_lrelu(
     """
     op = "filtered_lrelu"
     require_tensor(op, "x", x, "N C H W")
+    text = "x must have at least one row and one column, got {}"
+    require(x.shape[2] > 0 and x.shape[3] > 0, op, text, x.shape)
     size = [x.shape[3], x.shape[2]]
     padding = require_ints(op, "padding", padding, [2, 4])
     for name, value in (("up", up), ("down", down)):
@@ -67,6 +69,8 @@ def filtered_lrelu(
         require_tensor(op, "b", b, "C")
         require(b.shape[0] == x.shape[1], op, "b must have {} elements, got {}", x.shape[1], b.shape[0])
     size = [n * up + sum(padding[2 * i : 2 * i + 2]) for i, n in enumerate(size)]
+    text = "x, upsampled and padded, must have at least one row and one column, got {} x {}"
+    require(min(size) > 0, op, text, *size[::-1])
     for name, f, at in (("fu", fu, "upsampled and padded"), ("fd", fd, "filtered with fu")):
         if f is None:
             continue
@@ -77,5 +81,5 @@ def filtered_lrelu(
         require(size[0] >= taps[0] and size[1] >= taps[1], op, text, at, name, *taps[::-1], *size[::-1])
         size = [n - t + 1 for n, t in zip(size, taps, strict=True)]
     require_same_device(op, x=x, fu=fu, fd=fd, b=b)
-    slope, gain, clamp = check_act(op, "lrelu", slope, gain, clamp)
+    slope, gain, clamp = check_act(op, "lrelu", slope, gain, clamp, names=("slope", "gain"))
     return _filtered_lrelu(x, fu, fd, b, up, down, padding, gain, slope, clamp, bool(flip_filter))

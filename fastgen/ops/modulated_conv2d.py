@@ -5,12 +5,14 @@
 so s multiplies x, d multiplies the result, the weight is shared, and d costs a matrix product. For a single
 sample with more pixels than taps it is cheaper to fold s and d into the weight.
 
-In 16 bits x s weight may overflow before d brings it back. With a[o] and b[n] any positive numbers,
+In 16 bits x s weight may overflow before d brings it back. With a[o], b[n] and c[i] any positive numbers,
 
-    weight -> weight / a,  s -> s / b,  1e-8 -> 1e-8 / (a b)^2
+    weight -> weight c / a,  s -> s / (b c),  1e-8 -> 1e-8 / (a b)^2
 
-leaves the product with d unchanged, gradients too; so a and b are constants to autograd. With
-a = sqrt(I kh kw) max|weight[o]| and b = max|s[n]|, a sum is at most sqrt(I kh kw) max|x|.
+leaves the product with d unchanged, gradients too; so a, b and c are constants to autograd. With c the
+largest |s[:,i]|, a = sqrt(I kh kw) max|weight[o] c| and b = max|s[n] / c|, a sum is at most
+sqrt(I kh kw) max|x|. Where an output needs channels that its styles make small, d may still be too large for
+float16: so it multiplies in float32.
 """
 
 from torch import Tensor
@@ -44,8 +46,9 @@ def modulated_conv2d_reference(
     s, w, d, eps = styles.to(dtype), weight.to(dtype), None, 1e-8
     if demodulate:
         if x.dtype.itemsize == 2:
-            a = w.detach().abs().amax([1, 2, 3]).clamp(min=1e-8) * taps**0.5
-            b = s.detach().abs().amax(1).clamp(min=1e-8)
+            c = _largest(s.t(), [1])
+            w, s = w * c[:, None, None], s / c
+            a, b = _largest(w, [1, 2, 3]) * taps**0.5, _largest(s, [1])
             w, s = w / a[:, None, None, None], s / b[:, None]
             eps = eps / (b[:, None] * a).square()
         d = (s.square() @ w.square().sum([2, 3]).t() + eps).rsqrt()
@@ -59,15 +62,19 @@ def modulated_conv2d_reference(
         s = s.to(x.dtype)[:, :, None, None]
         y = conv2d_resample_reference(x * s, w, resample_filter, *resample)
 
-    noise = None if noise is None else noise.to(y.dtype)
     if d is not None:
-        d = d.to(y.dtype)[:, :, None, None]
-        y = y * d if noise is None else fma(y, d, noise)
+        y, d = y.to(dtype), d[:, :, None, None]
+        y = (y * d if noise is None else fma(y, d, noise)).to(x.dtype)
     elif noise is not None:
-        y = y + noise
+        y = y + noise.to(x.dtype)
     if bias is None and act == "linear" and act_gain in (None, 1) and clamp is None:
         return y
     return bias_act(y, None if bias is None else bias.to(y.dtype), 1, act, alpha, act_gain, clamp)
+
+
+def _largest(x: Tensor, axes: list[int]) -> Tensor:
+    """Of |x| along the axes, and never 0."""
+    return x.detach().abs().amax(axes).clamp(min=1e-8)
 
 
 _modulated_conv2d = define(
@@ -111,7 +118,7 @@ def modulated_conv2d(
         op, x, weight, resample_filter, up, down, padding, names=("weight", "resample_filter")
     )
     require_shape(op, "styles", styles, [x.shape[0], x.shape[1]], "N I")
-    check_act(op, act, alpha, act_gain, clamp)
+    check_act(op, act, alpha, act_gain, clamp, names=("alpha", "act_gain"))
     require_same_device(op, x=x, styles=styles, noise=noise, bias=bias)
     if bias is not None:
         require_shape(op, "bias", bias, [weight.shape[0]], "O")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define, require, require_same_device, require_shape, wide
+from ._define import define, require, require_same_device, require_shape, wide, without_autocast
 from ._march import coarse_depths, ends, importance_depths, mean_depth, ray_limits, weights
 from ._render_blocks import backward, forward
 from .sample_triplane import projection, sample_triplane_reference
@@ -137,9 +137,8 @@ def _read_options(options: Mapping | object) -> dict:
     """What the renderer needs of options, checked."""
     op = "render_triplane"
     if not isinstance(options, Mapping):
-        require(
-            dataclasses.is_dataclass(options), op, "options must be a mapping or dataclass, got {!r}", options
-        )
+        is_record = dataclasses.is_dataclass(options) and not isinstance(options, type)
+        require(is_record, op, "options must be a mapping or dataclass, got {!r}", options)
         options = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
     defaults = {
         "depth_resolution_importance": 0,
@@ -209,8 +208,9 @@ def render_triplane(
     require_shape(op, "planes", planes, [None, 3, None, None, None], "N 3 F H W")
     n, _, f, h, w = planes.shape
     require(h > 0 and w > 0, op, "planes must have at least one row and one column, got {}", planes.shape)
-    is_four = isinstance(decoder, list | tuple) and len(decoder) == 4
-    require(is_four, op, "decoder must be four tensors w1, b1, w2, b2, got {}", type(decoder).__name__)
+    text = "decoder must be four tensors w1, b1, w2, b2, got {}"
+    require(isinstance(decoder, list | tuple), op, text, type(decoder).__name__)
+    require(len(decoder) == 4, op, text, len(decoder))
     w1, b1, w2, b2 = decoder
     require_shape(op, "w1", w1, [None, f], "D F")
     require_shape(op, "b1", b1, [w1.shape[0]], "D")
@@ -246,6 +246,7 @@ def render_triplane(
     else:
         u_fine = u_fine.to(dtype)
     arguments = planes, w1, b1, w2, b2, origins, directions, depths, u_fine, matrix, bool(o["white_back"])
-    # The op knows no gradient of rays.
+    # The op knows no gradient of rays; what stands in for it must not see autocast either.
     on_rays = torch.is_grad_enabled() and (origins.requires_grad or directions.requires_grad)
-    return RenderOutput(*(render_triplane_reference if on_rays else _render_triplane)(*arguments)[:3])
+    render = without_autocast(render_triplane_reference) if on_rays else _render_triplane
+    return RenderOutput(*render(*arguments)[:3])

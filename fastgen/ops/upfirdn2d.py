@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define, memory_format, require, require_ints, require_same_device, require_tensor, wide
+from ._define import (
+    define,
+    memory_format,
+    require,
+    require_ints,
+    require_number,
+    require_same_device,
+    require_tensor,
+    wide,
+)
 
 
 def setup_filter(
@@ -29,19 +38,28 @@ def setup_filter(
     f = None means [1]. Taps become the outer product with themselves unless `separable`, which None sets for
     eight taps or more. `normalize` divides by the sum, `flip_filter` reverses, `gain` multiplies by
     gain ** (ndim / 2).
-    Raises: ValueError on shapes and values.
+    Raises: ValueError on shapes and values, TypeError on what is not made of numbers.
     """
-    f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
+    op = "setup_filter"
+    given = f
+    try:
+        f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{op}: f must be a number, [taps] or [fh, fw], got {f!r}") from None
     f = f.reshape(1) if f.ndim == 0 else f
     text = "f must be a number, [taps] or [fh, fw], got shape {}"
-    require(f.ndim <= 2 and f.numel() > 0, "setup_filter", text, f.shape)
+    require(f.ndim <= 2 and f.numel() > 0, op, text, f.shape)
     if separable is None:
         separable = f.ndim == 1 and f.numel() >= 8
-    require(f.ndim == 1 or not separable, "setup_filter", "f must be [taps] to be separable, got {}", f.shape)
+    require(f.ndim == 1 or not separable, op, "f must be [taps] to be separable, got {}", f.shape)
+    gain = require_number(op, "gain", gain)
+    require(gain >= 0 or not separable, op, "gain must be at least 0 for a separable filter, got {}", gain)
     if f.ndim == 1 and not separable:
         f = f.outer(f)
     if normalize:
-        f = f / f.sum()
+        total = f.sum()
+        require(f.is_meta or bool(total != 0), op, "f must not sum to 0 to be normalised, got {}", given)
+        f = f / total
     if flip_filter:
         f = f.flip(list(range(f.ndim)))
     return (f * gain ** (f.ndim / 2)).to(device=device)
@@ -188,7 +206,7 @@ def upsample2d(
 ) -> Tensor:
     """upfirdn2d to up times the size; brightness is kept, so gain grows by the product of up."""
     x_up, y_up = require_ints("upsample2d", "up", up, [2], at_least=1)
-    gain = gain * x_up * y_up
+    gain = require_number("upsample2d", "gain", gain) * x_up * y_up
     return _checked("upsample2d", x, f, up, 1, padding, flip_filter, gain, _up_growth)
 
 
@@ -238,4 +256,4 @@ def _checked(op, x, f, up, down, padding, flip_filter, gain, growth):
     size = (h * up[1] + padding[2] + padding[3], w * up[0] + padding[0] + padding[1])
     text = "x, upsampled and padded, must be at least as large as f ({} x {}), got {} x {}"
     require(size[0] >= fh and size[1] >= fw, op, text, fh, fw, *size)
-    return _upfirdn2d(x, f, up, down, padding, bool(flip_filter), float(gain))
+    return _upfirdn2d(x, f, up, down, padding, bool(flip_filter), require_number(op, "gain", gain))

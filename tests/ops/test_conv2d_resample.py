@@ -67,12 +67,28 @@ class TestConv2dResample(OpChecks):
         (
             {"w": torch.zeros(4, 2, 3, 3)},
             ValueError,
-            "conv2d_resample: x must have groups * I = 1 * 2 channels, got 3",
+            "conv2d_resample: x must have 2 channels, got 3",
         ),
         (
             {"groups": 3, "w": torch.zeros(4, 1, 3, 3)},
             ValueError,
             "conv2d_resample: w must have a multiple of groups=3 outputs, got 4",
+        ),
+        (
+            {"groups": 2},
+            ValueError,
+            "conv2d_resample: x must have groups * I = 2 * 3 channels, got 3",
+        ),
+        ({"f": torch.zeros(0)}, ValueError, "conv2d_resample: f must have at least one tap, got [0]"),
+        (
+            {"x": torch.zeros(2, 3, 4, 0)},
+            ValueError,
+            "conv2d_resample: x must have at least one row and one column, got [2, 3, 4, 0]",
+        ),
+        (
+            {"w": torch.zeros(4, 3, 0, 3)},
+            ValueError,
+            "conv2d_resample: w must have at least one row and one column, got [4, 3, 0, 3]",
         ),
         ({"up": 0}, ValueError, "conv2d_resample: up must be an int of at least 1, got 0"),
         ({"down": [2, 2]}, ValueError, "conv2d_resample: down must be an int of at least 1, got [2, 2]"),

@@ -27,6 +27,21 @@ def test_choosing_what_is_missing_raises_with_the_reason():
         fastgen.backend("gpu")
 
 
+def test_a_library_that_is_there_can_be_chosen():
+    for name, (usable, _) in _backends.status().items():
+        if usable and name != "triton":
+            with fastgen.backend(name):
+                assert _define._choice == name
+
+
+def test_auto_and_reference_look_for_nothing(monkeypatch):
+    monkeypatch.setattr(_backends, "status", None)
+    for name in ("auto", "reference"):
+        assert _define._check_choice(name) == name
+    with pytest.raises(TypeError):
+        _define._check_choice("cpu")
+
+
 def test_the_choice_ends_with_its_block():
     before = _define._choice
     with fastgen.backend("reference"):
@@ -112,3 +127,35 @@ def test_export():
     exported = torch.export.export(Network(), (x, b))
     assert "fastgen.upfirdn2d" in str(exported.graph)
     torch.testing.assert_close(exported.module()(x, b), Network()(x, b))
+
+
+EXPORTED = {
+    "conv2d_resample": lambda x: ops.conv2d_resample(x, torch.ones(2, 3, 3, 3), F4, up=2, padding=1),
+    "modulated_conv2d": lambda x: ops.modulated_conv2d(
+        x, torch.ones(2, 3, 3, 3), x.mean([2, 3]), padding=1, act="lrelu"
+    ),
+    "sample_triplane": lambda x: ops.sample_triplane(
+        x[:, :, None], x.flatten(2).mT, plane_axes=[[[1, 0, 0], [0, 1, 0], [0, 0, 1]]] * 3, reduce="mean"
+    ),
+    "render_triplane": lambda x: ops.render_triplane(
+        x[:, :, None].expand(-1, -1, 4, -1, -1),
+        [torch.ones(5, 4), torch.ones(5), torch.ones(3, 5), torch.ones(3)],
+        torch.full((2, 6, 3), 0.1),
+        torch.full((2, 6, 3), 0.5),
+        {"ray_start": 0.1, "ray_end": 1, "depth_resolution": 4, "depth_resolution_importance": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export_of_composed_ops(name):
+    class Call(torch.nn.Module):
+        def forward(self, x):
+            return EXPORTED[name](x)
+
+    x = torch.rand(2, 3, 8, 7)
+    exported = torch.export.export(Call(), (x,))
+    assert f"fastgen.{name}" in str(exported.graph)
+    got, want = exported.module()(x), EXPORTED[name](x)
+    for a, b in zip(*((y if isinstance(y, tuple) else (y,)) for y in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)

@@ -43,6 +43,17 @@ class TestFilteredLrelu(OpChecks):
             ValueError,
             "filtered_lrelu: x, filtered with fu, must be at least as large as fd (12 x 12), got 9 x 11",
         ),
+        (
+            {"fu": None, "padding": -6},
+            ValueError,
+            "filtered_lrelu: x, upsampled and padded, must have at least one row and one column, got 0 x 2",
+        ),
+        (
+            {"x": torch.zeros(2, 3, 0, 4)},
+            ValueError,
+            "filtered_lrelu: x must have at least one row and one column, got [2, 3, 0, 4]",
+        ),
+        ({"slope": "a"}, ValueError, "filtered_lrelu: slope must be a number, got 'a'"),
         ({"fd": 3}, TypeError, "filtered_lrelu: fd must be a tensor, got int"),
     ]
 

@@ -52,7 +52,7 @@ class TestModulatedConv2d(OpChecks):
         (
             {"weight": torch.zeros(4, 5, 3, 3)},
             ValueError,
-            "modulated_conv2d: x must have groups * I = 1 * 5 channels, got 3",
+            "modulated_conv2d: x must have 5 channels, got 3",
         ),
         (
             {"styles": torch.zeros(2, 4)},
@@ -75,6 +75,19 @@ class TestModulatedConv2d(OpChecks):
             ValueError,
             "modulated_conv2d: resample_filter must have 1 dimension [taps] or 2 dimensions [fh, fw],"
             " got 3 ([1, 2, 3])",
+        ),
+        ({"noise": 0.5}, TypeError, "modulated_conv2d: noise must be a tensor, got float"),
+        ({"bias": [1.0] * 4}, TypeError, "modulated_conv2d: bias must be a tensor, got list"),
+        ({"act_gain": "a"}, ValueError, "modulated_conv2d: act_gain must be a number, got 'a'"),
+        (
+            {"resample_filter": torch.zeros(0)},
+            ValueError,
+            "modulated_conv2d: resample_filter must have at least one tap, got [0]",
+        ),
+        (
+            {"weight": torch.zeros(4, 3, 3, 0)},
+            ValueError,
+            "modulated_conv2d: weight must have at least one row and one column, got [4, 3, 3, 0]",
         ),
         ({"clamp": -1}, ValueError, "modulated_conv2d: clamp must be at least 0, got -1"),
         (
@@ -124,6 +137,27 @@ def test_16_bit_sums_do_not_overflow(samples):
     # Rounding x s and weight to 11 bits is 3 roundings of 2^-11, and the sums add one more.
     assert got.isfinite().all()
     assert (got - exact).abs().max() <= 4 * 2**-11 * exact.abs().max()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_outputs_of_weak_channels(dtype, samples, size):
+    # The only channel that the output takes has a style of 1e-6 of the largest.
+    x, w = torch.ones(samples, 2, size, size, dtype=dtype), torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
+    styles = torch.tensor([[1000, 1e-3]]).expand(samples, 2)
+    got = ops.modulated_conv2d(x, w, styles)
+    exact = ops.modulated_conv2d(x.double(), w.double(), styles.double())
+    assert_accurate(got, exact)
+
+
+def test_16_bit_outputs_of_channels_weak_in_one_sample():
+    x, w = torch.ones(2, 2, 3, 3).half(), torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
+    styles = torch.tensor([[1000, 1e-3], [1e-3, 1000]])
+    got = ops.modulated_conv2d(x, w, styles)
+    exact = ops.modulated_conv2d(x.double(), w.double(), styles.double())
+    # x s / max|s| is 1e-6, 17 of the smallest steps of float16: half a step is 3 %.
+    assert (got - exact).abs().max() <= 0.03 * exact.abs().max()
 
 
 def test_16_bit_gradients_do_not_see_the_scaling():

@@ -151,6 +151,19 @@ def test_dtypes(dtype, device, poisoned):
         assert_accurate(a, b, c, f"gradient of {name}")
 
 
+@pytest.mark.parametrize("on_rays", [False, True])
+def test_autocast(on_rays, device):
+    scene, arguments = small(torch.float32)
+    scene = [x.detach().to(device) for x in scene]
+    arguments[:2] = [x.clone().to(device).requires_grad_(on_rays) for x in arguments[:2]]
+    want = render(scene, arguments)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        got = render(scene, arguments)
+    assert got.features.requires_grad == on_rays
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
 class Largest(TorchDispatchMode):
     """The most numbers in one tensor that an operation made."""
 
@@ -191,10 +204,9 @@ def test_midpoints_are_the_default_and_repeat():
 
 
 def test_options_as_a_dataclass():
-    Options = dataclasses.make_dataclass("Options", ["ray_start", "ray_end", "depth_resolution", "other"])
     scene, arguments = small(depth_resolution_importance=0)
     want = render(scene, arguments)
-    got = render(scene, [*arguments[:2], Options(1.0, 2.0, 6, None)])
+    got = render(scene, [*arguments[:2], RenderOptions(1.0, 2.0, 6, None)])
     assert torch.equal(got.features, want.features)
 
 
@@ -287,6 +299,7 @@ def test_opcheck(fine):
     )
 
 
+RenderOptions = dataclasses.make_dataclass("Options", ["ray_start", "ray_end", "depth_resolution", "other"])
 ERRORS = [
     ({"planes": 1}, TypeError, "planes must be a tensor, got int"),
     (
@@ -295,6 +308,8 @@ ERRORS = [
         "planes must have shape [N, 3, F, H, W], got [2, 2, 3, 4, 4]",
     ),
     ({"decoder": 3}, ValueError, "decoder must be four tensors w1, b1, w2, b2, got int"),
+    ({"decoder": [None] * 3}, ValueError, "decoder must be four tensors w1, b1, w2, b2, got 3"),
+    ({"decoder": [None] * 4}, TypeError, "w1 must be a tensor, got NoneType"),
     ({"w1": torch.zeros(4, 7)}, ValueError, "w1 must have shape [D, F=3], got [4, 7]"),
     ({"b1": torch.zeros(5)}, ValueError, "b1 must have shape [D=4], got [5]"),
     (
@@ -327,6 +342,12 @@ ERRORS = [
         ValueError,
         "u_fine must have shape [N=2, R=5, S_importance=5], got [2, 5, 6]",
     ),
+    ({"u_fine": 3, "depth_resolution_importance": 0}, TypeError, "u_fine must be a tensor, got int"),
+    (
+        {"options": RenderOptions},
+        ValueError,
+        f"options must be a mapping or dataclass, got {RenderOptions!r}",
+    ),
     ({"options": 3}, ValueError, "options must be a mapping or dataclass, got 3"),
     ({"options": {"ray_start": 1}}, ValueError, "options must have ray_end, got ['ray_start']"),
     (
@@ -351,7 +372,7 @@ ERRORS = [
     (
         {"plane_axes": "zyx"},
         ValueError,
-        "plane_axes must be 'eg3d', 'fixed' or a tensor [3, 3, 3], got 'zyx'",
+        "plane_axes must be 'eg3d', 'fixed', or numbers or a tensor [3, 3, 3], got 'zyx'",
     ),
 ]
 

@@ -58,6 +58,7 @@ class TestUpfirdn2d(OpChecks):
             ValueError,
             "upfirdn2d: padding must be an int or [x, y] or [x0, x1, y0, y1], got [1, 2, 3]",
         ),
+        ({"gain": "a"}, ValueError, "upfirdn2d: gain must be a number, got 'a'"),
         (
             {"padding": [-5, -5, 0, 0]},
             ValueError,
@@ -116,6 +117,15 @@ def test_setup_filter():
     assert ops.setup_filter([1, 1], gain=4).tolist() == [[1, 1], [1, 1]]
     assert ops.setup_filter([[1, 2], [3, 4]], normalize=False, flip_filter=True).tolist() == [[4, 3], [2, 1]]
     assert ops.setup_filter([1], device="meta").device.type == "meta"
+    assert ops.setup_filter([1, 1], gain=-2).tolist() == [[-0.5, -0.5], [-0.5, -0.5]]
+    with pytest.raises(TypeError, match=r"^setup_filter: f must be a number, .*, got 'abc'$"):
+        ops.setup_filter("abc")
+    with pytest.raises(ValueError, match=r"^setup_filter: f must be a number, .*, got \[\[1\], \[1, 2\]\]$"):
+        ops.setup_filter([[1], [1, 2]])
+    with pytest.raises(ValueError, match=r"^setup_filter: f must not sum to 0 to be .*, got \[1, -1\]$"):
+        ops.setup_filter([1, -1])
+    with pytest.raises(ValueError, match=r"^setup_filter: gain must be at least 0 for a separable filter"):
+        ops.setup_filter([1] * 8, gain=-1)
     with pytest.raises(ValueError, match=r"setup_filter: f must be .*, got shape \[1, 1, 1\]"):
         ops.setup_filter([[[1]]])
     with pytest.raises(ValueError, match=r"setup_filter: f must be \[taps\] to be separable, got \[1, 2\]"):
