@@ -134,14 +134,14 @@ class Render:
     def run(self):
         import torch
 
-        from . import pictures
+        from . import info, pictures
 
+        device = info.find_device(self.device)
+        model = load_model(self.model).to(device)
+        cameras = find_cameras(model, self.camera)
         for path, suffix in ((self.grid, ".png"), (self.image, ".png"), (self.orbit, ".mp4")):
             if path:
                 pictures.prepare(path, suffix)
-        device = find_device(self.device)
-        model = load_model(self.model).to(device)
-        cameras = find_cameras(model, self.camera)
         seeds = parse_seeds(self.seeds)
         with torch.inference_mode():
             # The mapping sees the front pose throughout, so that the identity doesn't turn with the camera.
@@ -211,7 +211,7 @@ class Demo:
         for name in ("minutes", "length"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1000:
-                raise ValueError(f"{name} must be above 0, got {value}")
+                raise ValueError(f"{name} must be above 0 and below 1000, got {value}")
 
     def run(self):
         from .train import demo
@@ -225,15 +225,13 @@ class Train(TrainConfig):
 
     preset: Literal[("auto", "paper", *PRESETS)] = "auto"
     """Where the other options' defaults come from, --help shows them; 'auto': 'toy' for the toy teacher, else
-    'paper'."""
+    'paper'. With --resume they come from the run itself instead."""
 
     def run(self):
-        from . import pictures
         from .train.loop import distil
 
         if self.teacher != "toy" and not Path(self.teacher).is_file():
             raise FileNotFoundError(f"{self.teacher}: no such checkpoint file")
-        pictures.prepare_folder(self.out)
         run = distil(TrainConfig(**_values(self, TrainConfig)))
         print(f"{run.out / 'student.safetensors'}: step {run.step} of {self.steps}")
         if run.interrupted:
@@ -247,8 +245,8 @@ COMMANDS = ("info", "convert", "render", "train", "demo")
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    command = _parse(argv)
     try:
+        command = _parse(argv)
         if not isinstance(command, Info):
             fastgen.keep_memory()
         command.run()
@@ -266,29 +264,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Numbers and ranges such as '0-3,7', each at most once."""
+    """Numbers and ranges such as '0-3,7', each at most once; no more than 10,000."""
     seeds = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if not first <= last < 2**32:
             raise ValueError(f"seeds must look like 0-3,7, got {text!r}")
+        if len(seeds) + last - first >= 10_000:
+            raise ValueError(f"seeds must be at most 10,000, got {text!r}")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
-
-
-def find_device(name: str) -> torch.device:
-    """The device that an option names; ValueError if torch can't use it."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    index = int(name.partition(":")[2] or 0)
-    if name != "cpu" and index >= torch.cuda.device_count():
-        raise ValueError(f"device: {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs")
-    return torch.device(name)
 
 
 def load_model(path: str) -> torch.nn.Module:
@@ -303,6 +289,8 @@ def find_cameras(model: torch.nn.Module, name: str) -> CameraDistribution:
     """Where to look at a model from."""
     from . import presets
 
+    if name != "auto" and name not in presets.PRESETS:
+        raise ValueError(f"camera must be one of auto, {', '.join(presets.PRESETS)}, got {name!r}")
     if name != "auto":
         return presets.get(name).camera
     if model.camera is None:
@@ -311,12 +299,17 @@ def find_cameras(model: torch.nn.Module, name: str) -> CameraDistribution:
 
 
 def _preset(argv: list[str]) -> Train:
-    """The options of `fastgen train` before the command line changes them: those of its preset."""
+    """The options of `fastgen train` before the command line changes them: those of its preset, or of
+    the run that it resumes."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", default="auto")
     parser.add_argument("--teacher", default=TrainConfig.teacher)
+    parser.add_argument("--out", default=TrainConfig.out)
+    parser.add_argument("--resume", action="store_true")
     with contextlib.suppress(argparse.ArgumentError):
         given, _ = parser.parse_known_args(argv)
+        if given.resume and argv[0] == "train" and (kept := Path(given.out) / "config.json").is_file():
+            return Train(**dataclasses.asdict(TrainConfig.load(kept)) | {"out": given.out})
         name = ("toy" if given.teacher == "toy" else "paper") if given.preset == "auto" else given.preset
         if name in PRESETS:
             return Train(**dataclasses.asdict(PRESETS[name]))
@@ -362,7 +355,9 @@ def _one_line(box: str) -> str:
 
 def _complain(argv: list[str], message: str, code: int = 2) -> int:
     command = f" {argv[0]}" if argv and argv[0] in COMMANDS else ""
-    print(f"fastgen{command}: {' '.join(message.split())}", file=sys.stderr)
+    # A file's name or its content may hold anything.
+    line = "".join(letter for letter in " ".join(message.split()) if letter.isprintable())
+    print(f"fastgen{command}: {line}", file=sys.stderr)
     return code
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,18 @@ from . import __version__, _backends
 def collect() -> dict:
     """Everything as plain JSON values: versions, machine, backends, ops."""
     return {"versions": versions(), "machine": machine(), "backends": backends(), "ops": served()}
+
+
+def find_device(name: str) -> torch.device:
+    """The device that an option names; ValueError if it isn't one, or torch can't use it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    index = int(name.partition(":")[2] or 0)
+    if name != "cpu" and index >= torch.cuda.device_count():
+        raise ValueError(f"device: {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs")
+    return torch.device(name)
 
 
 def versions() -> dict[str, str | None]:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from fastgen.train import demo
 from fastgen.train.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
+# The convolutions of torchvision's vgg16.
+VGG = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,25 @@ def files(tmp_path_factory) -> dict[str, Path]:
     packed = ROOT / "tests" / "data" / "eg3d_cars128_tiny.pkl.xz"
     paths["cars.pkl"].write_bytes(lzma.decompress(packed.read_bytes()))
     paths["a.txt"].write_text("nothing that anyone could load\n")
+    paths["run"] = folder / "run"
+    paths["run"].mkdir()
+    (paths["run"] / "resume.pt").write_text("hello")
+    for name, content in {
+        "list": [1],
+        "null": {"labels": [["a.png", None]]},
+        "words": {"labels": [["a.png", ["one"] * 25]]},
+    }.items():
+        paths[name] = folder / name
+        paths[name].mkdir()
+        (paths[name] / "dataset.json").write_text(json.dumps(content))
+    paths["zip"] = folder / "damaged.zip"
+    with zipfile.ZipFile(paths["zip"], "w") as archive:
+        archive.writestr("dataset.json", '{"labels": []}')
+    paths["zip"].write_bytes(paths["zip"].read_bytes().replace(b'{"labels"', b'{"lapels"'))
+    vgg = {f"features.{i}.{part}": torch.zeros(1) for i in VGG for part in ("weight", "bias")}
+    paths["vgg"], paths["biasless"] = folder / "vgg.pth", folder / "biasless.pth"
+    torch.save(vgg, paths["vgg"])
+    torch.save({name: p for name, p in vgg.items() if name != "features.28.bias"}, paths["biasless"])
     return paths
 
 
@@ -207,6 +229,10 @@ def test_seeds():
     for wrong in ("", "a", "3-1", "1,,2", "-1", "1-", "1.5", "99999999999"):
         with pytest.raises(ValueError, match="seeds must look like"):
             parse_seeds(wrong)
+    assert len(parse_seeds("1-10000")) == 10_000
+    for wrong in ("0-10000", "0-4294967295", "0-6000,7000-12000"):
+        with pytest.raises(ValueError, match="seeds must be at most 10,000"):
+            parse_seeds(wrong)
     z = pictures.latents([3, 4], 8)
     assert torch.equal(z[1:], pictures.latents([4], 8)) and abs(z.mean()) < 1
 
@@ -226,7 +252,17 @@ def test_train_resumes(files, tmp_path, capsys):
 
     assert main(arguments) == 2
     assert "resume" in capsys.readouterr().err
-    assert main([*arguments, "--resume"]) == 0
+    # The run's own options are the defaults; one that would change it is refused, more steps are not.
+    again = ["train", "--out", str(out), "--resume"]
+    assert main(again) == 0
+    capsys.readouterr()
+    assert main([*again, "--batch-size", "4"]) == 2
+    assert "resume: batch_size was 2" in capsys.readouterr().err
+    assert main([*again, "--stage2-steps", "2"]) == 0
+    assert "step 4 of 4" in capsys.readouterr().out
+    (out / "config.json").write_text('{"batch_size": ')
+    assert main(again) == 2
+    assert "config.json: not JSON" in capsys.readouterr().err
 
 
 def test_demo(files, tmp_path, capsys):
@@ -307,7 +343,7 @@ WRONG = {
     "impossible value": ("train --batch-size 0", "batch_size must be at least 1, got 0"),
     "impossible weight": ("train --lambda-adv=-1", "lambda_adv must be at least 0, got -1"),
     "no frames": ("render --model toy --frames 0 --orbit {tmp}/a.mp4", "frames must be at least 1, got 0"),
-    "no budget": ("demo --minutes 0 --out {tmp}/d", "minutes must be above 0, got 0"),
+    "no budget": ("demo --minutes 0 --out {tmp}/d", "minutes must be above 0 and below 1000, got 0"),
     "truncation is no number": ("render --model toy --truncation nan --grid {tmp}/a.png", "truncation"),
     "wrong seeds": (
         "render --model toy --seeds 4-2 --grid {tmp}/a.png",
@@ -339,7 +375,38 @@ WRONG = {
     ),
     "unknown device": ("render --model {teacher} --device tpu --grid {tmp}/a.png", "device must be .*'tpu'"),
     "missing device": ("render --model {teacher} --device cuda:99 --grid {tmp}/a.png", "cuda:99"),
-    "unknown camera": ("render --model {teacher} --camera dogs --grid {tmp}/a.png", "'dogs'"),
+    "unknown camera": (
+        "render --model {teacher} --camera dogs --grid {tmp}/a/a.png",
+        "camera must be one of auto, .*'dogs'",
+    ),
+    "unknown camera of train": ("train --camera moon --out {tmp}/t", "camera must be one of auto, .*'moon'"),
+    "damaged run": ("train {small} --resume --out {run}", "resume: .*resume.pt is damaged"),
+    "no run": ("train {small} --resume --out {tmp}/t", "resume: no checkpoint"),
+    "device without data": ("train {small} --out {tmp}/t --device meta", "device must be .*'meta'"),
+    "device of others": ("train {small} --out {tmp}/t --device mps", "device must be .*'mps'"),
+    "device of the demo": ("demo --teacher {teacher} --out {tmp}/d --device mps", "device must be .*'mps'"),
+    "huge seed": ("train {small} --out {tmp}/t --seed 9223372036854775808", "seed must be below 2\\^63"),
+    "huge seed of the demo": (
+        "demo --teacher {teacher} --out {tmp}/d --seed 9223372036854775808",
+        "seed must be below 2\\^63",
+    ),
+    "list as labels": ("train {small} --out {tmp}/t --reals {list}", "reals: .* has no labels"),
+    "null as label": ("train {small} --out {tmp}/t --reals {null}", "reals: .*a.png must have 25 numbers"),
+    "words as label": ("train {small} --out {tmp}/t --reals {words}", "reals: .*a.png must have 25 numbers"),
+    "damaged zip": ("train {small} --out {tmp}/t --reals {zip}", "reals: .*damaged.zip is damaged"),
+    "no VGG16": (
+        "train --teacher {teacher} --out {tmp}/t",
+        "--perceptual lpips-vgg needs --perceptual-weights",
+    ),
+    "small VGG16": (
+        "train --teacher {teacher} --out {tmp}/t --perceptual-weights {vgg}",
+        "perceptual_weights: .*features.0.weight has shape .1,., not .64, 3, 3, 3.",
+    ),
+    "VGG16 without bias": (
+        "train --teacher {teacher} --out {tmp}/t --perceptual-weights {biasless}",
+        "perceptual_weights: .* no features.28.bias",
+    ),
+    "unprintable": ("render --model {teacher} --camera \x1b[2J\x07 --grid {tmp}/a.png", "camera must be"),
 }
 
 
@@ -347,10 +414,11 @@ WRONG = {
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, files, tmp_path, capsys):
     """Neither a traceback nor a box: a line that names what is wrong."""
     (tmp_path / "folder.png").mkdir()
-    places = {
+    places = {name: path for name, path in files.items() if "." not in name} | {
         "tmp": tmp_path,
         "teacher": files["teacher.safetensors"],
         "student": files["student.safetensors"],
+        "small": f"--teacher {files['teacher.safetensors']} --perceptual none",
     }
     arguments = arguments.format(text=files["a.txt"], folder=tmp_path / "folder.png", **places).split()
     try:
@@ -361,7 +429,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, files, tmp_
     assert code == 2
     assert said.err.startswith("fastgen") and said.err.count("\n") == 1, said.err
     assert re.search(message, said.err), said.err
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "something was written"
+    assert said.err[:-1].isprintable()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "folder.png"], "something was written"
 
 
 def test_debug_shows_the_traceback(files, monkeypatch):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from fastgen import presets
+
 Curriculum = Literal["two-stage", "single-stage", "ramp", "reconstruction-only"]
 PerceptualKind = Literal["lpips-vgg", "random-vgg", "none"]
 _CHOICES = {
@@ -156,9 +158,11 @@ class TrainConfig:
     device: str = "auto"
     """'auto' (GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
     seed: int = 0
-    """Fixes targets, batches and initial weights."""
+    """Fixes targets, batches and initial weights; below 2^63."""
     resume: bool = False
-    """Continue the run in `out` from its checkpoint; losses go on as if it had never stopped."""
+    """Continue the run in `out` from its checkpoint; losses go on as if it had never stopped. On the command
+    line the run's own options are the defaults. Only stage2_steps may be raised, and what decides how often
+    something is written may change."""
     log_every: int = 10
     """Steps between lines of stats.jsonl."""
     grid_every: int = 1000
@@ -190,6 +194,9 @@ class TrainConfig:
             if name in _CHOICES:
                 self._require(name, value in _CHOICES[name], "one of " + ", ".join(_CHOICES[name]))
         self._require("gpc_reg_prob", 0 <= self.gpc_reg_prob <= 1, "in [0, 1]")
+        self._require("seed", self.seed < 2**63, "below 2^63")
+        cameras = ("auto", *presets.PRESETS)
+        self._require("camera", self.camera in cameras, "one of " + ", ".join(cameras))
         side = self.neural_rendering_resolution
         sound = side is None or (side >= 4 and side & (side - 1) == 0)
         self._require("neural_rendering_resolution", sound, "a power of two from 4")
@@ -284,19 +291,28 @@ class TrainConfig:
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
         """Read what `save` wrote. ValueError names fields that do not exist."""
-        values = json.loads(Path(path).read_text())
+        try:
+            values = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: not a configuration")
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"{path}: no such TrainConfig field: {', '.join(unknown)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 _paper = TrainConfig()
 
 PRESETS: dict[str, TrainConfig] = {
-    "ffhq512": dataclasses.replace(_paper, camera="ffhq512", r1_gamma=1.0),
-    "afhqcats512": dataclasses.replace(_paper, camera="afhqcats512", r1_gamma=5.0),
-    "shapenetcars128": dataclasses.replace(_paper, camera="shapenetcars128", r1_gamma=0.3),
+    **{
+        name: dataclasses.replace(_paper, camera=name, r1_gamma=presets.get(name).r1_gamma)
+        for name in ("ffhq512", "afhqcats512", "shapenetcars128")
+    },
     # Minutes on two CPU cores. Most steps are small: one at 16 x 16 costs a twentieth of one at 64 x 64, and
     # teaches the layout. Small batches and a high rate gained most for their time. The super-resolution
     # starts trained and costs twice the renderer, so it learns rarely and slowly.

@@ -5,12 +5,12 @@ data it would have seen, and a checkpoint stores no data."""
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
+import zlib
 from collections import deque
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -132,22 +132,35 @@ class ImageDataset:
         if self.path.is_file() and not zipfile.is_zipfile(self.path):
             raise ValueError(f"reals: {path} is neither a folder nor a zip file")
         try:
-            labels = json.loads(self._read("dataset.json")).get("labels")
+            with self._open("dataset.json") as file:
+                content = json.load(file)
         except (FileNotFoundError, KeyError):
             raise FileNotFoundError(f"reals: {path} has no dataset.json") from None
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"reals: {path} is damaged: {error}") from None
         except ValueError as error:
             raise ValueError(f"reals: {path}: dataset.json is not JSON: {error}") from None
-        if not labels:
+        labels = content.get("labels") if isinstance(content, dict) else None
+        if not labels or not isinstance(labels, list):
             raise ValueError(f"reals: {path}: dataset.json has no labels")
-        bad = next((name for name, label in labels if len(label) != 25), None)
-        if bad is not None:
-            raise ValueError(f"reals: {path}: the label of {bad} must have 25 numbers")
+        for entry in labels:
+            pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+            if not pair or not _is_label(entry[1]):
+                name = entry[0] if isinstance(entry, list) and entry else entry
+                raise ValueError(f"reals: {path}: the label of {name} must have 25 numbers")
         images = [(name, label) for name, label in labels if name.lower().endswith(_IMAGE_SUFFIXES)]
         if not images:
             raise ValueError(f"reals: {path}: dataset.json names no {', '.join(_IMAGE_SUFFIXES)} file")
         self.names = [name for name, _ in images]
         self.labels = torch.tensor([label for _, label in images], dtype=torch.float32)
-        self.resolution = self[0][0].shape[-1]
+        sizes = [self._size(name) for name in self.names]
+        self.resolution = sizes[0][0]
+        for name, size in zip(self.names, sizes, strict=True):
+            if size != (self.resolution, self.resolution):
+                raise ValueError(
+                    f"reals: {path}: images must be square and of one size, {self.names[0]} has "
+                    f"{sizes[0][0]} x {sizes[0][1]} pixels, {name} {size[0]} x {size[1]}"
+                )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -156,10 +169,8 @@ class ImageDataset:
         """Image [3, H, W] in [-1, 1] and label [25]."""
         from PIL import Image
 
-        try:
-            pixels = np.array(Image.open(io.BytesIO(self._read(self.names[index]))).convert("RGB"))
-        except (FileNotFoundError, KeyError):
-            raise FileNotFoundError(f"reals: {self.path} has no {self.names[index]}") from None
+        with self._open(self.names[index]) as file:
+            pixels = np.array(Image.open(file).convert("RGB"))
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1, self.labels[index]
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -171,11 +182,31 @@ class ImageDataset:
         items = [self[i] for i in torch.randint(len(self), (n,), generator=generator).tolist()]
         return torch.stack([image for image, _ in items]), torch.stack([label for _, label in items])
 
-    def _read(self, name: str) -> bytes:
+    def _size(self, name: str) -> tuple[int, int]:
+        """Width and height; only the image's header is read."""
+        from PIL import Image
+
+        try:
+            with self._open(name) as file:
+                return Image.open(file).size
+        except (FileNotFoundError, KeyError):
+            raise FileNotFoundError(f"reals: {self.path} has no {name}") from None
+        except (OSError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"reals: {self.path}: can't read the image {name}: {error}") from None
+
+    def _open(self, name: str) -> IO[bytes]:
         if self.path.is_dir():
-            return (self.path / name).read_bytes()
+            return (self.path / name).open("rb")
         self._zip = self._zip or zipfile.ZipFile(self.path)
-        return self._zip.read(name)
+        return self._zip.open(name)
+
+
+def _is_label(label: object) -> bool:
+    return (
+        isinstance(label, list)
+        and len(label) == 25
+        and all(type(x) in (int, float) and abs(x) < 1e30 for x in label)
+    )
 
 
 class RealStream:

@@ -22,7 +22,7 @@ import fastgen
 from fastgen import info, pictures
 
 from .config import PRESETS, TrainConfig
-from .loop import _device, distil
+from .loop import distil
 from .losses import Perceptual
 from .metrics import evaluate, milliseconds_per_image, psnr
 
@@ -45,14 +45,15 @@ def run(
     """Distil `teacher`, and fill the folder `out`; the options are those of `fastgen demo`.
 
     Returns: what metrics.json holds; times are medians.
-    Raises: ValueError or OSError on options that can't be met; KeyboardInterrupt on Ctrl-C or SIGTERM.
+    Raises: ValueError or OSError on options that can't be met; KeyboardInterrupt on Ctrl-C, and on
+      SIGTERM while it trains.
     """
     started = time.monotonic()
-    out = pictures.prepare_folder(out)
+    out = Path(out)
     config = dataclasses.replace(
         PRESETS["toy"],
         teacher=teacher,
-        out=str(pictures.prepare_folder(out / "run")),
+        out=str(out / "run"),
         seed=seed,
         device=device,
         # Odd, or it would never meet the steps that have a final image, every hr_interval-th.
@@ -62,10 +63,13 @@ def run(
         tensorboard=False,
     )
     name = Path(teacher).stem
-    teacher = fastgen.load_teacher(teacher).to(_device(device))
+    teacher = fastgen.load_teacher(teacher).to(info.find_device(device))
     perceptual = Perceptual("lpips-vgg" if perceptual_weights else "random-vgg", perceptual_weights)
     if teacher.camera is None:
         raise ValueError(f"{config.teacher}: the file doesn't say where its cameras stand")
+
+    for folder in (out, out / "run"):
+        pictures.prepare_folder(folder)
 
     # A teacher whose feature map is small needs no phases that lead up to a larger one.
     growth = tuple(phase for phase in config.growth if phase[0] < teacher.neural_rendering_resolution)

@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import fastgen
-from fastgen import checkpoint, presets
+from fastgen import checkpoint, pictures, presets
 from fastgen.camera import CameraDistribution
+from fastgen.info import find_device
 from fastgen.models.discriminator import DualDiscriminator
 from fastgen.models.student import Student
 
@@ -60,7 +61,7 @@ def distil(
     Raises: ValueError or FileNotFoundError on a configuration that cannot run, before anything is written;
       FloatingPointError naming the term on a loss that is not finite.
     """
-    device = _device(config.device)
+    device = find_device(config.device)
     out = Path(config.out)
     saved = read_checkpoint(out / "resume.pt", config)
     dataset = None if config.reals == "teacher" else ImageDataset(config.reals)
@@ -109,14 +110,17 @@ def distil(
     if saved is not None:
         step = saved_step = saved["step"]
         images = saved["images"]
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        set_random_state(saved["random"])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            set_random_state(saved["random"])
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
+            raise ValueError(f"resume: {out / 'resume.pt'} is damaged, or another network's") from None
         del saved
 
     targets = TargetStream(teacher, poses, config, device)
     reals = RealStream(config, student.neural_rendering_resolution, dataset, device)
-    out.mkdir(parents=True, exist_ok=True)
+    pictures.prepare_folder(out)
     config.save(out / "config.json")
     grid = Grid(out / "grids", config, teacher, poses, device) if config.grid_every else None
     log = Log(out, config, step)
@@ -262,18 +266,6 @@ def _finite(terms: dict[str, Tensor], step: int) -> dict[str, float]:
         if not math.isfinite(value):
             raise FloatingPointError(f"step {step}: the loss term {name} is {value}")
     return values
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {name} was asked for, but torch sees no GPU")
-    return device
 
 
 def _progress(enabled: bool) -> Progress:

@@ -49,7 +49,14 @@ class Perceptual(nn.Module):
                     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=random)
                     nn.init.zeros_(conv.bias)
                 else:
-                    conv.load_state_dict({k: state[f"features.{layer}.{k}"] for k in ("weight", "bias")})
+                    for name, p in conv.named_parameters():
+                        found = state[key := f"features.{layer}.{name}"]
+                        if found.shape != p.shape:
+                            raise ValueError(
+                                f"perceptual_weights: {weights} is not a vgg16 state_dict: {key} has shape "
+                                f"{tuple(found.shape)}, not {tuple(p.shape)}"
+                            )
+                        p.data.copy_(found)
         if state is not None:
             # The weights of the channels, which the package brings.
             heads = torch.load(
@@ -122,9 +129,8 @@ def r1_penalty(discriminator: nn.Module, real: dict[str, Tensor], c: Tensor) -> 
 def _read_vgg(weights: str | Path | None) -> dict[str, Tensor]:
     if weights is None:
         raise ValueError(
-            "perceptual='lpips-vgg' needs perceptual_weights: torchvision's vgg16 state_dict "
-            "(vgg16-397923af.pth from download.pytorch.org/models); or choose perceptual='random-vgg' or "
-            "'none'."
+            "--perceptual lpips-vgg needs --perceptual-weights: torchvision's vgg16 state_dict "
+            "(vgg16-397923af.pth from download.pytorch.org/models); or choose --perceptual random-vgg or none"
         )
     if not Path(weights).is_file():
         raise FileNotFoundError(f"perceptual_weights: no such file: {weights}")
@@ -132,11 +138,13 @@ def _read_vgg(weights: str | Path | None) -> dict[str, Tensor]:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"perceptual_weights: {weights} is not a file of weights: {error}") from None
+    state = state if isinstance(state, dict) else {}
     missing = [
         name
         for layers in _VGG_SLICES.values()
         for layer in layers
-        if not isinstance(state, dict) or (name := f"features.{layer}.weight") not in state
+        for part in ("weight", "bias")
+        if not isinstance(state.get(name := f"features.{layer}.{part}"), Tensor)
     ]
     if missing:
         raise ValueError(f"perceptual_weights: {weights} is not a vgg16 state_dict: no {missing[0]}")

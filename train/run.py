@@ -119,7 +119,8 @@ class Grid:
 def read_checkpoint(path: Path, config: TrainConfig) -> dict | None:
     """The state to go on from, or None for a new run.
 
-    Raises: ValueError where `out` holds a run that config does not resume, or resumes with other numbers;
+    Raises: ValueError where `out` holds a run that config does not resume, or resumes with other numbers, or
+      the file is damaged;
       FileNotFoundError where there is nothing to resume.
     """
     if not config.resume:
@@ -128,10 +129,21 @@ def read_checkpoint(path: Path, config: TrainConfig) -> dict | None:
         return None
     if not path.is_file():
         raise FileNotFoundError(f"resume: no checkpoint to continue from: {path}")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        before = saved["config"].items()
+        missing = {"step", "images", "random", "student", "average", "student_optimiser"} - saved.keys()
+    except Exception:
+        missing = {"config"}
+    if missing:
+        raise ValueError(f"resume: {path} is damaged, or not a run's checkpoint")
     now = dataclasses.asdict(config)
-    for name, was in saved["config"].items():
-        if name not in _FREE_ON_RESUME and was != now[name]:
+    for name, was in before:
+        if name not in now:
+            raise ValueError(f"resume: {path} is another version's, with an option {name}")
+        # A run that had no second stage has no discriminator.
+        longer = name == "stage2_steps" and 0 < was <= now[name]
+        if name not in _FREE_ON_RESUME and was != now[name] and not longer:
             raise ValueError(f"resume: {name} was {was!r} in {path.parent}, now it is {now[name]!r}")
     return saved
 

@@ -27,6 +27,8 @@ from fastgen.train.config import PRESETS, TrainConfig
         ("growth", ((32, 10, 8), (16, 10, 8))),
         ("growth", ((12, 10, 8),)),
         ("stage1_steps", -1),
+        ("seed", 2**63),
+        ("camera", "moon"),
     ],
 )
 def test_impossible_values_name_their_field(name, value):

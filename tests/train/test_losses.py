@@ -129,7 +129,7 @@ def test_lpips_reads_local_weights(random_vgg, tmp_path):
 
 def test_missing_weights(tmp_path):
     assert make_perceptual("none") is None
-    with pytest.raises(ValueError, match="needs perceptual_weights.*perceptual='random-vgg' or 'none'"):
+    with pytest.raises(ValueError, match="needs --perceptual-weights.*--perceptual random-vgg or none"):
         make_perceptual("lpips-vgg")
     with pytest.raises(FileNotFoundError, match=r"perceptual_weights: no such file: .*nothing\.pth"):
         make_perceptual("lpips-vgg", tmp_path / "nothing.pth")
@@ -137,5 +137,5 @@ def test_missing_weights(tmp_path):
     with pytest.raises(ValueError, match="not a file of weights"):
         make_perceptual("lpips-vgg", tmp_path / "text.pth")
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"not a vgg16 state_dict: no features\.2\.weight"):
+    with pytest.raises(ValueError, match=r"not a vgg16 state_dict: no features\.0\.bias"):
         make_perceptual("lpips-vgg", tmp_path / "other.pth")
