@@ -17,11 +17,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import ops
 from .camera import CameraDistribution
 from .eg3d_pickle import CheckpointError, from_pickle
+from .models.layers import FILTER
 
-# The networks that a file may hold, and their modules.
-CLASSES = {"Teacher": "teacher", "Student": "student", "DualDiscriminator": "discriminator"}
+# The class that a kind of file has as its G, or that is its D, and its module.
+CLASSES = {
+    "teacher": ("Teacher", "teacher"),
+    "student": ("Student", "student"),
+    "D": ("DualDiscriminator", "discriminator"),
+}
 TOY = Path(__file__).parent / "assets" / "toy_teacher.safetensors"
 
 
@@ -29,6 +35,10 @@ def _write(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata={"fastgen": json.dumps(header)})
+    # save_file makes it its owner's alone; let it be as any new file.
+    umask = os.umask(0o022)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)
     os.replace(partial, path)
 
 
@@ -88,47 +98,85 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
             raise CheckpointError(f"neither a fastgen file nor an original pickle; it begins with {head!r}")
         if not isinstance(header, dict) or header.get("kind") not in ("teacher", "student"):
             raise CheckpointError("a header of unknown kind")
+        for key in ("plane_axes", "source_sha256"):
+            if not isinstance(header.get(key), str | None) or not (header.get(key) or "").isprintable():
+                raise CheckpointError(f"a header whose {key} is not a text")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: refused: {error}") from error.__cause__
     return header, tensors
 
 
 def convert(source: str | Path, target: str | Path) -> dict:
-    """Rewrite an original pickle as a fastgen file, and return its header. The generator is G_ema."""
-    header, tensors = read(source)
-    _build(source, header, tensors, "G")
+    """Rewrite an original pickle as a fastgen file, and return its header. The generator is G_ema.
+
+    Nothing is written unless the networks are whole. The header has a discriminator_note where a D of a class
+    unknown here was left out.
+    """
+    header, tensors = _read_kind(source, "teacher")
+    for name in ("G", "D") if header.get("D") else ("G",):
+        _build(source, header, tensors, name)
     _write(Path(target), header, tensors)
     return header
 
 
+def _read_kind(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
+    header, tensors = read(path)
+    if header["kind"] != kind:
+        raise CheckpointError(f"{path}: refused: it holds a {header['kind']}, expected a {kind}")
+    return header, tensors
+
+
+def _require_sizes(config: dict, state: dict[str, Tensor]) -> None:
+    """Refuse a network that could not be this state's and would take long to build even without memory."""
+    for key, value in config.items():
+        limit = len(state) if key.endswith("_layers") else 2**20
+        if isinstance(value, int) and value > limit:
+            raise ValueError(f"{key} must be at most {limit}, got one of {value.bit_length()} bits")
+
+
+def _fit(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state as the module's types, or ValueError."""
+    expected, state = module.state_dict(), dict(state)
+    # A constant that only some of the original super-resolutions keep.
+    constant = "superresolution.resample_filter"
+    if constant in state and constant not in expected:
+        del state[constant]
+    if constant in expected:
+        state.setdefault(constant, ops.setup_filter(list(FILTER)))
+    for name in sorted(state.keys() & expected.keys()):
+        if state[name].shape != expected[name].shape:
+            found, wanted = list(state[name].shape), list(expected[name].shape)
+            raise ValueError(f"{name} has shape {found}, expected {wanted}")
+    wrong = state.keys() ^ expected.keys()
+    if wrong:
+        raise ValueError(f"missing or unknown tensors: {sorted(wrong)[:5]}")
+    return {name: value.to(expected[name].dtype) for name, value in state.items()}
+
+
 def _build(path, header: dict, tensors: dict[str, Tensor], name: str) -> nn.Module:
     """The network `name` of a file, in evaluation mode and frozen."""
-    entry = header.get(name) or {}
-    if entry.get("class") not in CLASSES:
-        raise CheckpointError(
-            f"{path}: refused: {name} is a {entry.get('class')}, expected {', '.join(CLASSES)}"
-        )
-    cls = getattr(import_module(f".models.{CLASSES[entry['class']]}", __package__), entry["class"])
+    wanted, where = CLASSES["D" if name == "D" else header["kind"]]
+    entry = header.get(name)
+    found = entry.get("class") if isinstance(entry, dict) else type(entry).__name__
+    if found != wanted:
+        found = found if isinstance(found, str) else type(found).__name__
+        raise CheckpointError(f"{path}: refused: {name} is a {found!r}, expected {wanted}")
+    cls = getattr(import_module(f".models.{where}", __package__), wanted)
     try:
-        # A load must not move the global random state, or it would change what a seeded run draws next.
-        with torch.random.fork_rng(devices=[]):
-            module = cls(**entry["config"])
         state = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
-        result = module.load_state_dict(state, strict=False)
+        _require_sizes(entry["config"], state)
+        # Without memory: what the file says about sizes is believed only once its tensors agree.
+        with torch.device("meta"):
+            module = cls(**entry["config"])
+        module.load_state_dict(_fit(module, state), assign=True)
         module.camera = CameraDistribution(**header["camera"]) if header.get("camera") else None
     except Exception as error:
-        raise CheckpointError(f"{path}: refused: {name} does not fit {entry['class']}: {error}") from error
-    # A constant that only some of the original super-resolutions keep.
-    wrong = {*result.missing_keys, *result.unexpected_keys} - {"superresolution.resample_filter"}
-    if wrong:
-        raise CheckpointError(f"{path}: refused: {name} has missing or unknown tensors: {sorted(wrong)[:5]}")
+        raise CheckpointError(f"{path}: refused: {name} does not fit {wanted}: {error}") from error
     return module.eval().requires_grad_(False)
 
 
 def _load(path: str | Path, kind: str) -> nn.Module:
-    header, tensors = read(path)
-    if header["kind"] != kind:
-        raise CheckpointError(f"{path}: refused: it holds a {header['kind']}, expected a {kind}")
+    header, tensors = _read_kind(path, kind)
     return _build(path, header, tensors, "G")
 
 

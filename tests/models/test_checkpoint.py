@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pickle
+import resource
 import struct
 import warnings
 
@@ -15,8 +16,19 @@ from safetensors.torch import save_file
 import fastgen
 from fastgen import checkpoint
 from fastgen.camera import CameraDistribution
-from fastgen.eg3d_pickle import CheckpointError, Network, Record, _plane_axes, unpickle
+from fastgen.eg3d_pickle import (
+    Budget,
+    CheckpointError,
+    Held,
+    Network,
+    Record,
+    _plain,
+    _plane_axes,
+    _state_dict,
+    unpickle,
+)
 from fastgen.models.discriminator import DualDiscriminator
+from fastgen.models.student import Student
 from fastgen.models.teacher import Teacher
 
 
@@ -113,6 +125,142 @@ def test_the_hostile_pickle_is_real(victim):
 def test_opcodes_that_reach_for_more(opcodes):
     with pytest.raises(CheckpointError):
         unpickle(b"\x80\x04" + opcodes)
+
+
+HELD = pickle.dumps(
+    Calls(torch._utils._rebuild_tensor_v2, storage(1.0), 0, (1,), (1,), False, collections.OrderedDict()), 3
+)[2:-1]
+ENDLESS = b")" + b"2\x86" * 40  # t = (t, t), forty times: hashing it takes 2^40 steps
+
+
+@pytest.mark.parametrize(
+    "opcodes, message",
+    [
+        (HELD + b"q\xff(h\xffK\x00J\x40\x42\x0f\x00\x85K\x01\x85tb.", "tries to change a tensor"),
+        (HELD + b"q\xff(h\xff\x88N}tb.", "tries to change a tensor"),
+        (pickle.dumps(storage(1.0), 3)[2:-1] + b"N}\x86b.", "tries to change a tensor"),
+        (b"\x96" + struct.pack("<Q", 1 << 40) + b".", "not a pickle .KeyError: 150"),
+        (b"}" + ENDLESS + b"Ns.", "a key that is a tuple"),
+        (b"}(" + ENDLESS + b"Nu.", "a key that is a tuple"),
+        (b"(" + ENDLESS + b"Nd.", "a key that is a tuple"),
+        (b"\x8f(" + ENDLESS + b"\x90.", "a key that is a tuple"),
+        (b"(" + ENDLESS + b"\x91.", "a key that is a tuple"),
+        (b"cbuiltins\nset\n(](" + ENDLESS + b"etR.", "a key that is a tuple"),
+    ],
+)
+def test_opcodes_that_refuse_to_end(opcodes, message):
+    with pytest.raises(CheckpointError, match=message):
+        unpickle(b"\x80\x04" + opcodes)
+
+
+def test_the_held_tensor_is_real():
+    # Only what follows it is refused above.
+    assert unpickle(b"\x80\x04" + HELD + b".").tensor.tolist() == [1.0]
+
+
+def test_memo_index_takes_no_memory():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert unpickle(b"\x80\x04Nr" + struct.pack("<I", 1 << 27) + b".") is None
+    # Kilobytes; the memo of pickle.Unpickler would take a million and more.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def nested(depth: int = 40):
+    both = []
+    for _ in range(depth):
+        both = [both, both]
+    return both
+
+
+def test_shared_parts_do_not_multiply():
+    module = Network()
+    for _ in range(40):
+        outer = Network()
+        outer.state = {"_modules": {"a": module, "b": module}}
+        module = outer
+    many = Network()
+    many.state = {"_buffers": {str(i): Held(torch.zeros(1000)) for i in range(1000)}}
+    for call in (
+        lambda: _plain(nested(), Budget(10**5)),
+        lambda: _plain(["x" * 1000] * 1000, Budget(10**5)),
+        lambda: _state_dict(module, Budget(10**5)),
+        lambda: _state_dict(many, Budget(10**5)),
+    ):
+        with pytest.raises(CheckpointError, match="repeats its parts until"):
+            call()
+
+
+def test_names_cannot_write_to_the_terminal(tmp_path):
+    path = tmp_path / "bad.pkl"
+    path.write_bytes(b"\x80\x04cos\nsys\x1b[2Jtem\n.")
+    with pytest.raises(CheckpointError) as caught:
+        fastgen.load_teacher(path)
+    assert r"os.sys\x1b[2Jtem" in str(caught.value) and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"channel_base": 10**6, "channel_max": 10**6}, r"has shape .*, expected .*\d{5}"),
+        ({"mapping_layers": 10**9}, "mapping_layers must be at most"),
+        ({"plane_resolution": 2**3000}, "plane_resolution must be at most 1048576, got one of 3001 bits"),
+    ],
+)
+def test_sizes_are_not_believed(tmp_path, small_config, change, message):
+    path = tmp_path / "small.safetensors"
+    checkpoint.save(path, "teacher", {"G": Teacher(**small_config)})
+    header, tensors = checkpoint.read(path)
+    header["G"]["config"] |= change
+    checkpoint._write(path, header, tensors)
+    with pytest.raises(CheckpointError, match=f"G does not fit Teacher: .*{message}"):
+        fastgen.load_teacher(path)
+
+
+def test_all_tensors_are_real_and_of_the_networks_types(tmp_path, small_config):
+    path = tmp_path / "small.safetensors"
+    checkpoint.save(path, "teacher", {"G": Teacher(**small_config)})
+    header, tensors = checkpoint.read(path)
+    # The released checkpoints of some shapes lack this constant.
+    del tensors["G.superresolution.resample_filter"]
+    checkpoint._write(path, header, {name: t.half() for name, t in tensors.items()})
+    teacher = fastgen.load_teacher(path)
+    for name, t in [*teacher.named_parameters(), *teacher.named_buffers()]:
+        assert t.device.type == "cpu" and t.dtype == torch.float32, name
+    constant = Teacher(**small_config).superresolution.resample_filter
+    assert torch.equal(teacher.superresolution.resample_filter, constant)
+
+
+def test_convert_wants_a_teacher_and_writes_nothing_else(tmp_path, small_config):
+    source, target = tmp_path / "student.safetensors", tmp_path / "x.safetensors"
+    student = Student.from_teacher(Teacher(**small_config), "toy")
+    checkpoint.save(source, "student", {"G": student})
+    with pytest.raises(CheckpointError, match="it holds a student, expected a teacher"):
+        checkpoint.convert(source, target)
+    header, tensors = checkpoint.read(source)
+    for change, message in (
+        ({"kind": "teacher"}, "G is a 'Student', expected Teacher"),
+        ({"kind": "teacher", "G": "x"}, "G is a 'str', expected Teacher"),
+    ):
+        checkpoint._write(source, header | change, tensors)
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.convert(source, target)
+    assert not target.exists()
+
+
+def test_another_discriminator_is_noted(tmp_path, original):
+    source, target = tmp_path / "other.pkl", tmp_path / "x.safetensors"
+    source.write_bytes(original.read_bytes().replace(b"DualDiscriminator", b"WildDiscriminator"))
+    header = checkpoint.convert(source, target)
+    assert header["D"] is None
+    assert header["discriminator_note"].startswith("D is a 'WildDiscriminator', not a 'DualDiscriminator'")
+    assert fastgen.load_discriminator(target) is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes")
+def test_files_have_the_usual_mode(tmp_path, small_config):
+    checkpoint.save(tmp_path / "a.safetensors", "teacher", {"G": Teacher(**small_config)})
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
 def test_source_in_the_file_does_not_run(tmp_path, victim, original):
@@ -214,9 +362,10 @@ def test_plane_axes(third, name):
     record, renderer = Network(), Record()
     record.state = {"_modules": {"renderer": renderer}}
     first, second = [[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
-    renderer.state = {"plane_axes": torch.tensor([first, second, third], dtype=torch.float32)}
+    axes = torch.tensor([first, second, third], dtype=torch.float32)
+    renderer.state = {"plane_axes": Held(axes)}
     assert _plane_axes(record) == name
-    renderer.state["plane_axes"][0] *= 2
+    axes[0] *= 2
     with pytest.raises(CheckpointError, match="plane axes .*expected those of 'eg3d' or 'fixed'"):
         _plane_axes(record)
 
@@ -255,7 +404,7 @@ def test_tensors_that_do_not_fit(tmp_path, small_config):
         fastgen.load_teacher(path)
     header["G"]["class"] = "Popen"
     checkpoint._write(path, header, tensors)
-    with pytest.raises(CheckpointError, match="G is a Popen, expected Teacher"):
+    with pytest.raises(CheckpointError, match="G is a 'Popen', expected Teacher"):
         fastgen.load_teacher(path)
 
 
