@@ -300,8 +300,11 @@ def test_demo(files, tmp_path, capsys):
         "random VGG16 features",
         torch.__version__,
         "side_by_side.png",
+        "perceptual\nloss: none",
     ):
         assert words in report, words
+    unseen = metrics | {"reprojection_psnr_teacher_db": None, "reprojection_psnr_student_db": None}
+    assert "PSNR in dB | - | - |" in demo._table(unseen)
     assert f"{metrics['psnr_db']:.2f}" in said
     assert picture(out / "side_by_side.png").shape[1] > 8 * 128
     assert picture(out / "curves.png").shape[0] > 300

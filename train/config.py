@@ -319,6 +319,7 @@ PRESETS: dict[str, TrainConfig] = {
     "toy": dataclasses.replace(
         _paper,
         student="toy",
+        # VGG16 is costly on two cores, and no trained weights are shipped.
         perceptual="none",
         batch_size=4,
         poses_per_latent=2,

@@ -116,11 +116,6 @@ def run(
         "machine": info.machine(),
         "versions": info.versions(),
     }
-    # JSON has no nan: what could not be measured, as where no pixel is visible from both poses.
-    metrics = {
-        name: None if isinstance(value, float) and math.isnan(value) else value
-        for name, value in metrics.items()
-    }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (out / "report.md").write_text(_report(metrics))
     print(f"\n{_table(metrics)}\n\nAll of it is in {out}")
@@ -316,8 +311,8 @@ It is no measure of quality: a blurrier image scores higher on it. Times: mappin
 Training: {m["stage1_steps"]} + {m["stage2_steps"]} steps, {m["length"]:.3g} of the full length{cut};
 {m["train_s"]:.0f} s of {m["wall_s"]:.0f} s in all; seed {m["seed"]}.
 Losses: smooth L1 of feature map and final image, and in the second part the adversarial loss; perceptual
-loss: {m["perceptual_loss"]}. The toy's preset has none: VGG16 would cost two cores several times the rest of a
-step, and no trained weights for it are shipped.
+loss: {m["perceptual_loss"]}. The toy's preset has none: VGG16 is costly on two cores, and no
+trained weights for it are shipped.
 
 Machine: {info.summary()}.
 

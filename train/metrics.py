@@ -46,8 +46,9 @@ def warp_by_depth(
     Every pixel of B is lifted to its surface point, projected into A, and looked up there. It counts as
     visible if it falls inside A and A's depth there agrees with the point's distance to A's camera, if depth
     is smooth around it in B (no silhouette), and if it is not the farthest depth, which is where empty rays
-    end. `tolerance` is a fraction of the point's distance, for both comparisons. Returns: image [N, 3, H, W]
-    and visibility [N, 1, H, W], boolean."""
+    end. `tolerance` is a fraction of the point's distance, for both comparisons.
+    Returns: image [N, 3, H, W] and visibility [N, 1, H, W], boolean.
+    """
     n, _, height, width = image_a.shape
     empty = depth_b >= depth_b.amax() * (1 - 1e-3)
     # A pixel next to a silhouette mixes two depths; a window's spread finds it.
@@ -79,14 +80,14 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 1_000_003,
     perceptual: torch.nn.Module | None = None,
-) -> dict[str, float | int | str]:
+) -> dict[str, float | int | str | None]:
     """Compare student and teacher at latents and poses of a seed that training does not use.
 
     Every latent is seen from two poses, A and B, with one conditioning pose.
     Returns: psnr_db and ssim (mean over images), perceptual with perceptual_name (None and 'none' without
-    one),
-      reprojection_psnr_{teacher,student}_db (A's image warped to B by the teacher's depth against B's own
-      image), reprojection_visible (share of pixels compared), images.
+      one), reprojection_psnr_{teacher,student}_db (A's image warped to B by the teacher's depth against B's
+      own image; None if no pixel is visible in both), reprojection_visible (share of pixels compared), and
+      images.
     """
     device = next(student.parameters()).device
     totals: dict[str, list[Tensor]] = {"psnr_db": [], "ssim": [], "perceptual": []}
@@ -113,7 +114,7 @@ def evaluate(
     result = {key: torch.cat(values).mean().item() if values else None for key, values in totals.items()}
     for name, total in errors.items():
         mean = max(total / max(visible_pixels, 1), 1e-12)
-        result[f"reprojection_psnr_{name}_db"] = 10 * math.log10(4 / mean) if visible_pixels else math.nan
+        result[f"reprojection_psnr_{name}_db"] = 10 * math.log10(4 / mean) if visible_pixels else None
     result["reprojection_visible"] = visible_pixels / pixels
     result["perceptual_name"] = getattr(perceptual, "name", "none")
     result["images"] = 2 * latents * math.ceil(images / (2 * latents))
