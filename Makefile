@@ -10,22 +10,23 @@ HERE = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 .PHONY: demo test bench gpu lint format clean install
 
 demo: $(STAMP)
-	$(BIN)/fastgen demo --out $(OUT)/demo
+	$(BIN)/fastgen demo --out "$(OUT)/demo"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
-	mkdir -p $(OUT)
-	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/bench.json
-	$(BIN)/python benchmarks/report.py $(OUT)/bench.json
+	mkdir -p "$(OUT)"
+	$(BIN)/python -m pytest benchmarks --benchmark-json="$(OUT)/bench.json"
+	$(BIN)/python benchmarks/report.py "$(OUT)/bench.json"
 
-# Tests and benchmarks that need a CUDA device; needs torch and pytest, no network.
+# What needs a CUDA device: it wants nvcc, and, where make install has not run, PYTHON with the dependencies,
+# pytest, pytest-benchmark and ninja. No network.
 gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
 	mkdir -p "$(OUT)"
 	FASTGEN_CUDA=1 $(HERE) setup.py build_ext --inplace
-	$(HERE) -m pytest -m gpu --junitxml="$(OUT)/gpu.xml"
+	$(HERE) -m pytest -m gpu tests/ops --junitxml="$(OUT)/gpu.xml"
 	if command -v compute-sanitizer; then \
 	  compute-sanitizer --error-exitcode 1 --log-file "$(OUT)/sanitizer.txt" \
 	    $(HERE) -m pytest -m gpu tests/ops -k "upfirdn2d or bias_act"; fi

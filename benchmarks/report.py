@@ -55,7 +55,8 @@ def table(found: list[dict]) -> str:
     ]
     for case, by_route in cases.items():
         times = [by_route[route]["ms"] if route in by_route else "-" for route in routes]
-        lines.append("| " + " | ".join([*case, *times, by_route["fastgen"]["gbps"]]) + " |")
+        rate = by_route["fastgen"]["gbps"] if "fastgen" in by_route else "-"
+        lines.append("| " + " | ".join([*case, *times, rate]) + " |")
     first = found[0]
     where = f"{first['machine']}, {first['threads']} threads; torch {first['torch']}"
     return "\n".join([*lines, "", f"{where}; commit {first['commit']}; median."])
