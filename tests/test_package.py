@@ -2,6 +2,7 @@
 
 import ast
 import os
+import platform
 import subprocess
 import sys
 import tarfile
@@ -178,9 +179,12 @@ def test_source_distribution_holds_what_the_build_needs(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {"/".join(name.split("/")[1:]) for name in archive.getnames()}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert sources | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "kernels/__init__.py"} <= names
-    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    folders = ["csrc", "fastgen", "kernels", "train", "tests", "benchmarks"]
+    files = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()}
+    wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".so", ".pyc")}
+    wanted |= {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile", ".clang-format"}
+    assert {"train/toy.py", "fastgen/assets/toy_teacher.safetensors", "tests/conftest.py"} <= wanted <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc")) or "__pycache__" in name]
 
 
 def test_keep_memory_reuses_pages():
@@ -195,5 +199,6 @@ def test_keep_memory_reuses_pages():
     )
     works, kept = run(code.format(keep=True)).split()
     fresh = run(code.format(keep=False)).split()[1]
+    assert works == str(platform.libc_ver()[0] == "glibc")
     if works == "True":
         assert int(kept) < int(fresh) / 4
