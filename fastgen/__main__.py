@@ -77,9 +77,10 @@ class Convert:
         pictures.prepare(self.out, ".safetensors")
         header = checkpoint.convert(self.source, self.out)
         teacher, discriminator = fastgen.load_teacher(self.out), fastgen.load_discriminator(self.out)
+        without = header.get("discriminator_note") or "none in the file"
         rows = [
             ["generator", _size(teacher)],
-            ["discriminator", _size(discriminator) if discriminator else "none in the file"],
+            ["discriminator", _size(discriminator) if discriminator else without],
             [
                 "image",
                 f"{teacher.img_resolution} x {teacher.img_resolution}, {teacher.config['superresolution']}",
