@@ -76,8 +76,9 @@ def run(
     config = dataclasses.replace(config, growth=growth)
 
     print(f"[1/4] {name}: {_size(teacher)}; how fast is this machine?", flush=True)
-    # What is left of the budget when measuring, pictures and film are done.
-    end = started + 60 * minutes - _seconds_afterwards(teacher, images, frames)
+    # What is left of the budget when measuring, pictures and film are done; on a slow machine half of it all the
+    # same, for they need a student.
+    end = started + 60 * minutes - min(_seconds_afterwards(teacher, images, frames), 30 * minutes)
     length = _affordable(config, teacher, end) if length is None else length
     config = config.scaled(length)
     share = "" if length == 1 else f", {length:.1%} of the full length"
