@@ -76,8 +76,8 @@ def run(
     config = dataclasses.replace(config, growth=growth)
 
     print(f"[1/4] {name}: {_size(teacher)}; how fast is this machine?", flush=True)
-    # What is left of the budget when measuring, pictures and film are done; on a slow machine half of it all the
-    # same, for they need a student.
+    # What is left of the budget when measuring, pictures and film are done; on a slow machine half of it all
+    # the same, for they need a student.
     end = started + 60 * minutes - min(_seconds_afterwards(teacher, images, frames), 30 * minutes)
     length = _affordable(config, teacher, end) if length is None else length
     config = config.scaled(length)
