@@ -133,10 +133,13 @@ def read_checkpoint(path: Path, config: TrainConfig) -> dict | None:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         before = saved["config"].items()
         missing = {"step", "images", "random", "student", "average", "student_optimiser"} - saved.keys()
-    except Exception:
-        missing = {"config"}
+    except PermissionError:
+        raise
+    # Whatever else reading runs into, from the zip's end to the tensors' types, is the file's content.
+    except Exception as error:
+        raise ValueError(f"resume: {path} is damaged, or not a run's checkpoint") from error
     if missing:
-        raise ValueError(f"resume: {path} is damaged, or not a run's checkpoint")
+        raise ValueError(f"resume: {path} is not a run's checkpoint: it lacks {', '.join(sorted(missing))}")
     now = dataclasses.asdict(config)
     for name, was in before:
         if name not in now:

@@ -256,7 +256,6 @@ def test_another_discriminator_is_noted(tmp_path, original):
     assert fastgen.load_discriminator(target) is None
 
 
-@pytest.mark.skipif(os.name != "posix", reason="file modes")
 def test_files_have_the_usual_mode(tmp_path, small_config):
     checkpoint.save(tmp_path / "a.safetensors", "teacher", {"G": Teacher(**small_config)})
     (tmp_path / "b").touch()
