@@ -124,5 +124,10 @@ setup(
     package_dir={"fastgen": "fastgen", "fastgen.kernels": "kernels", "fastgen.train": "train"},
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={
+        "bdist_wheel": {"py_limited_api": "cp310"},
+        # A path, where the default would be an import hook, to which Python prefers any folder named fastgen in
+        # the working directory: such as the clone, seen from the folder it was cloned to.
+        "editable_wheel": {"mode": "compat"},
+    },
 )

@@ -244,6 +244,15 @@ class TrainConfig:
             ramp_steps=part(self.ramp_steps),
         )
 
+    def shortened(self, step: int) -> TrainConfig:
+        """The same run with a stage 1 that ends at `step`, earlier than it would, wherever that is in it."""
+        growth, first = [], 0
+        for side, steps, images in self.growth:
+            if first < step:
+                growth.append((side, min(steps, step - first), images))
+            first += steps
+        return dataclasses.replace(self, growth=tuple(growth), stage1_steps=step)
+
     def phase(self, step: int) -> Phase:
         """The phase that a step is in."""
         first = 0

@@ -38,6 +38,8 @@ class Run:
 
     student: Student
     """The averaged student, in eval mode."""
+    config: TrainConfig
+    """What was done: the given one, or one with a shorter stage 1."""
     teacher: nn.Module
     poses: Poses
     out: Path
@@ -52,12 +54,13 @@ def distil(
     teacher: nn.Module | None = None,
     progress: bool = True,
     deadline: float = math.inf,
+    stage2_by: float = math.inf,
 ) -> Run:
     """Train a student of a teacher.
 
     `teacher` overrides config.teacher with a module of the same protocol (mapping, backbone_planes, render,
-    super_resolve). Past `deadline`, of time.monotonic(), it saves and stops. Writes to config.out; see the
-    module's docstring.
+    super_resolve). Both times are of time.monotonic(): past `stage2_by` stage 1 ends where it is and stage 2
+    begins, past `deadline` the run saves and stops. Writes to config.out; see the module's docstring.
     Raises: ValueError or FileNotFoundError on a configuration that cannot run, before anything is written;
       FloatingPointError naming the term on a loss that is not finite.
     """
@@ -134,6 +137,11 @@ def distil(
         task = bar.add_task("", total=config.steps, completed=step)
         while step < config.steps and not stop.requested and time.monotonic() < deadline:
             started = time.perf_counter()
+            if step < config.stage1_steps and time.monotonic() > stage2_by:
+                # Written down: from here on it is that run, and resumes as one.
+                config = targets.config = config.shortened(step)
+                config.save(out / "config.json")
+                bar.update(task, total=config.steps)
             adversarial = config.adversarial_weight(step)
             for group in student_optimiser.param_groups:
                 group["lr"] = config.learning_rate(step) * group["scale"]
@@ -198,7 +206,7 @@ def distil(
             bar.update(task, completed=step)
         if saved_step != step or not (out / "student.safetensors").exists():
             save()
-    return Run(average, teacher, poses, out, step, interrupted=step < config.steps)
+    return Run(average, config, teacher, poses, out, step, interrupted=step < config.steps)
 
 
 def find_poses(config: TrainConfig, teacher: nn.Module, dataset: ImageDataset | None = None) -> Poses:

@@ -39,21 +39,24 @@ def warp_by_depth(
     depth_b: Tensor,  # [N, 1, h, w]  likewise from pose B
     c_a: Tensor,  # [N, 25]
     c_b: Tensor,  # [N, 25]
-    tolerance: float = 0.03,
+    occlusion: float = 2.0,
+    silhouette: float = 5.0,
 ) -> tuple[Tensor, Tensor]:
     """What pose B should see, by an image from pose A and the depth of both.
 
     Every pixel of B is lifted to its surface point, projected into A, and looked up there. It counts as
-    visible if it falls inside A and A's depth there agrees with the point's distance to A's camera, if depth
-    is smooth around it in B (no silhouette), and if it is not the farthest depth, which is where empty rays
-    end. `tolerance` is a fraction of the point's distance, for both comparisons.
+    visible if it falls inside A, and, in units of what a pixel of the depth map covers at its distance,
+    A's depth there is within `occlusion` of the point's distance to A's camera (nothing stands before it),
+    and depth varies by less than `silhouette` over the 3 x 3 pixels around it in B (a slope of 68 degrees at
+    most: no edge of the shape). Nor does it count at the farthest depth, which is where empty rays end.
     Returns: image [N, 3, H, W] and visibility [N, 1, H, W], boolean.
     """
     n, _, height, width = image_a.shape
+    covers = 1 / (c_b[:, 16].reshape(n, 1, 1, 1) * depth_b.shape[2])  # a pixel's side, per unit of distance
     empty = depth_b >= depth_b.amax() * (1 - 1e-3)
     # A pixel next to a silhouette mixes two depths; a window's spread finds it.
     spread = F.max_pool2d(depth_b, 3, 1, 1) + F.max_pool2d(-depth_b, 3, 1, 1)
-    usable = (~empty & (spread < tolerance * depth_b)).float()
+    usable = (~empty & (spread < silhouette * covers * depth_b)).float()
     depth = F.interpolate(depth_b, (height, width), mode="bilinear", align_corners=False)
     usable = F.interpolate(usable, (height, width), mode="nearest") > 0
 
@@ -67,8 +70,24 @@ def warp_by_depth(
     seen = F.grid_sample(depth_a, grid, mode="bilinear", padding_mode="border", align_corners=False)
     distance = local.norm(dim=-1).reshape(n, 1, height, width)
     inside = (grid.abs() < 1).all(dim=-1)[:, None] & (local[..., 2] > 0).reshape(n, 1, height, width)
-    visible = usable & inside & ((seen - distance).abs() < tolerance * distance)
+    visible = usable & inside & ((seen - distance).abs() < occlusion * covers * distance)
     return F.grid_sample(image_a, grid, mode="bilinear", padding_mode="border", align_corners=False), visible
+
+
+def pose_pairs(
+    poses: Poses, n: int, generator: torch.Generator | None = None, within: float = 0.3, tries: int = 256
+) -> Tensor:
+    """Labels [2 n, 25]: n times a pose, and one that looks at most `within` radians away from it.
+
+    The second is the first of `tries` draws that does, else the closest, whatever poses are drawn from.
+    """
+    first, others = poses.sample(n, generator), poses.sample(n * tries, generator).unflatten(0, (n, tries))
+    forward = [2, 6, 10]  # the third column of the pose
+    cosine = (first[:, None, forward] * others[..., forward]).sum(-1)
+    near = cosine >= math.cos(within)
+    # Where one is near enough argmax finds the first of them, for all of them are equal.
+    pick = torch.where(near.any(1, keepdim=True), near.float(), cosine).argmax(1)
+    return torch.stack([first, others[torch.arange(n), pick]], 1).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -83,7 +102,7 @@ def evaluate(
 ) -> dict[str, float | int | str | None]:
     """Compare student and teacher at latents and poses of a seed that training does not use.
 
-    Every latent is seen from two poses, A and B, with one conditioning pose.
+    Every latent is seen from two poses, A and B, at most 0.3 radians apart, with one conditioning pose.
     Returns: psnr_db and ssim (mean over images), perceptual with perceptual_name (None and 'none' without
       one), reprojection_psnr_{teacher,student}_db (A's image warped to B by the teacher's depth against B's
       own image; None if no pixel is visible in both), reprojection_visible (share of pixels compared), and
@@ -97,7 +116,7 @@ def evaluate(
     for index in range(math.ceil(images / (2 * latents))):
         random = generator_for(seed, "evaluation", index)
         z = torch.randn(latents, teacher.z_dim, generator=random).to(device)
-        c = poses.sample(2 * latents, random).to(device)
+        c = pose_pairs(poses, latents, random).to(device)
         target = render_targets(teacher, teacher.mapping(z, c[::2]), c, student.neural_rendering_resolution)
         image = student.synthesis(target["ws"], c)["image"]
         totals["psnr_db"].append(psnr(image, target["image"]))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,29 @@ def test_growth_and_rare_final_images(teacher, config):
     lines = stats(config.out)
     assert [line["images"] for line in lines] == [4, 8, 10, 12, 14, 16, 18, 20, 22]
     assert ["hr_pixel" in line for line in lines] == [False] * 4 + [True, False] + [True] * 3
+
+
+# In the first growth phase, in the second, and after them.
+@pytest.mark.parametrize("late, growth", [(1, ((4, 1, 4),)), (3, ((4, 2, 4), (8, 1, 2))), (5, None)])
+def test_stage_1_that_runs_late_makes_way_for_stage_2(teacher, config, tmp_path, monkeypatch, late, growth):
+    config = dataclasses.replace(
+        config, growth=((4, 2, 4), (8, 2, 2)), stage1_steps=9, stage2_steps=3, replay=8, replay_reuse=2.0
+    )
+    clock = SimpleNamespace(monotonic=lambda: len(stats(config.out)), perf_counter=time.perf_counter)
+    monkeypatch.setattr(loop, "time", clock)
+    run = distil(config, teacher, progress=False, stage2_by=late - 0.5)
+    lines = stats(config.out)
+    assert [line["adversarial_weight"] for line in lines] == [0] * late + [1] * 3
+    assert not run.interrupted and run.step == late + 3
+    assert run.config == TrainConfig.load(run.out / "config.json")
+    assert (run.config.stage1_steps, run.config.growth) == (late, config.growth if growth is None else growth)
+    # The same as a run of that configuration.
+    monkeypatch.undo()
+    planned = dataclasses.replace(run.config, out=str(tmp_path / "planned"))
+    distil(planned, teacher, progress=False)
+    assert stats(planned.out) == lines
+    resumed = dataclasses.replace(run.config, resume=True, stage2_steps=4)
+    assert distil(resumed, teacher, progress=False).step == late + 4
 
 
 @pytest.mark.parametrize("curriculum", ["single-stage", "ramp"])

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from fastgen import camera
-from fastgen.train.metrics import evaluate, milliseconds, milliseconds_per_image, psnr, ssim, warp_by_depth
+from fastgen.train.metrics import (
+    evaluate,
+    milliseconds,
+    milliseconds_per_image,
+    pose_pairs,
+    psnr,
+    ssim,
+    warp_by_depth,
+)
 
 
 def test_psnr_and_ssim():
@@ -56,6 +64,38 @@ def test_hidden_points_are_invisible():
     nearer[..., :8] *= 0.8
     visible = warp_by_depth(image, nearer, depth_b, c, c)[1]
     assert not visible[..., :7].any() and visible[..., 1:-1, 9:].all()
+
+
+def test_silhouettes_and_occluders_are_told_apart_from_slopes():
+    c = camera.CameraDistribution(focal=2.0).front()
+    image, depth = plane(c, 32)
+    pixel = 1 / (2.0 * 32)  # at distance 1
+    depth[:, :, 0, 0] = 20
+    slanted = depth * (1 + pixel) ** torch.arange(32.0)
+    assert warp_by_depth(image, slanted, slanted, c, c)[1][..., 2:-2, 2:-2].all()
+    # Three pixels of depth a pixel are a silhouette.
+    steep = depth * (1 + 3 * pixel) ** torch.arange(32.0)
+    assert not warp_by_depth(image, steep, steep, c, c)[1][..., 1:-1].any()
+    # Seen where A has something three pixels nearer, not where it is one.
+    for nearer, visible in ((1, True), (3, False)):
+        assert warp_by_depth(image, depth * (1 - nearer * pixel), depth, c, c)[1][..., 2:-2, 2:-2].all() == visible
+
+
+def test_pose_pairs_look_alike():
+    wide = camera.CameraDistribution(azimuth_spread=math.pi, polar_spread=0.5, kind="uniform")
+    forward = pose_pairs(wide, 50, torch.Generator().manual_seed(0))[:, [2, 6, 10]]
+    angle = (forward[::2] * forward[1::2]).sum(1).clamp(max=1).arccos()
+    assert angle.max() <= 0.3 + 1e-3 and angle.min() > 0
+
+    class Labels:
+        """Two poses only, half a turn apart: the closest one has to do."""
+
+        def sample(self, n, generator=None):
+            c = wide.at(torch.tensor([0.0, math.pi]), torch.tensor([1.5, 1.5]))
+            return c[torch.randint(2, (n,), generator=generator)]
+
+    pairs = pose_pairs(Labels(), 5, torch.Generator().manual_seed(0))
+    assert torch.equal(pairs[::2], pairs[1::2])
 
 
 class Echo(torch.nn.Module):
