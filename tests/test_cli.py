@@ -327,8 +327,9 @@ def test_demo_keeps_to_its_budget(files):
         tensorboard=False,
     )
     now = time.monotonic()
-    assert demo._affordable(config, teacher, now + 1e6) == 1
-    assert demo._affordable(config, teacher, now - 10) == 0.05
+    share, stage2 = demo._affordable(config, teacher, now + 1e6)
+    assert share == 1 and 0 < stage2 < 1e4
+    assert demo._affordable(config, teacher, now - 10) == (0.05, 0.0)
 
 
 WRONG = {

@@ -79,16 +79,21 @@ def run(
     # What is left of the budget when measuring, pictures and film are done; on a slow machine half of it all
     # the same, for they need a student.
     end = started + 60 * minutes - min(_seconds_afterwards(teacher, images, frames), 30 * minutes)
-    length = _affordable(config, teacher, end) if length is None else length
+    stage2_by = math.inf
+    if length is None:
+        length, stage2 = _affordable(config, teacher, end)
+        # The machine may be busier by then.
+        stage2_by = end - 1.3 * stage2
     config = config.scaled(length)
     share = "" if length == 1 else f", {length:.1%} of the full length"
     steps = f"{config.stage1_steps} + {config.stage2_steps} steps"
     print(f"[2/4] distillation: {steps}{share}", flush=True)
     _clear(out / "run")
     began = time.monotonic()
-    result = distil(config, teacher, deadline=end)
+    result = distil(config, teacher, deadline=end, stage2_by=stage2_by)
     if result.interrupted and time.monotonic() < end:
         raise KeyboardInterrupt
+    planned, config = config.stage1_steps, result.config
     trained = time.monotonic() - began
     student = result.student
 
@@ -109,6 +114,7 @@ def run(
         "student_parameters": sum(p.numel() for p in student.parameters()),
         "stage1_steps": config.stage1_steps,
         "stage2_steps": config.stage2_steps,
+        "stage1_steps_planned": planned,
         "steps_done": result.step,
         "seed": seed,
         "perceptual_loss": config.perceptual,
@@ -130,11 +136,12 @@ def _seconds_afterwards(teacher: nn.Module, images: int, frames: int) -> float:
     return 30 + 2 * seconds * (images + timing + FILMED * frames + len(SEEDS))
 
 
-def _affordable(config: TrainConfig, teacher: nn.Module, end: float) -> float:
-    """The share of the steps that can be done by `end`, found by trying some of every phase; at most 1.
+def _affordable(config: TrainConfig, teacher: nn.Module, end: float) -> tuple[float, float]:
+    """The share of the steps that can be done by `end`, at most 1, and the seconds that stage 2 then takes;
+    found by trying some of every phase.
 
-    It is rounded down to twentieths, so that it doesn't follow every flicker of a machine's speed: a length
-    and a seed fix the student.
+    The share is rounded down to twentieths, so that it doesn't follow every flicker of a machine's speed: a
+    length and a seed fix the student.
     """
     # What isn't done at every step recurs after as many.
     tried = 1 + math.lcm(math.ceil(config.replay_reuse), config.hr_interval)
@@ -153,17 +160,18 @@ def _affordable(config: TrainConfig, teacher: nn.Module, end: float) -> float:
         if tries.interrupted and time.monotonic() < latest:
             raise KeyboardInterrupt
         if tries.interrupted:
-            return 0.05
+            return 0.05, max(0.0, 0.1 * (end - time.monotonic()))
         lines = [json.loads(line) for line in (Path(folder) / "stats.jsonl").read_text().splitlines()]
     grown = [steps for _, steps, _ in config.growth]
-    needed = 0.0
+    needed = []
     for i, steps in enumerate([*grown, config.stage1_steps - sum(grown), config.stage2_steps]):
         # The first step of a phase pays for what is done once.
         seconds = [line["seconds_per_step"] for line in lines[i * tried + 1 : (i + 1) * tried]]
-        needed += steps * sum(seconds) / len(seconds)
+        needed.append(steps * sum(seconds) / len(seconds))
     # A tenth more for held-out images, and for what a trial doesn't see.
     left = end - time.monotonic()
-    return min(max(math.floor(20 * left / (1.1 * needed)), 1), 20) / 20
+    share = min(max(math.floor(20 * left / (1.1 * sum(needed))), 1), 20) / 20
+    return share, share * needed[-1]
 
 
 def _clear(folder: Path):
@@ -299,8 +307,11 @@ def _table(m: dict) -> str:
 
 
 def _report(m: dict) -> str:
-    whole = m["steps_done"] == m["stage1_steps"] + m["stage2_steps"]
-    cut = "" if whole else f", stopped at step {m['steps_done']} by the time budget"
+    cut = ""
+    if m["stage1_steps"] < m["stage1_steps_planned"]:
+        cut = f", the first cut from {m['stage1_steps_planned']} by the time budget"
+    if m["steps_done"] < m["stage1_steps"] + m["stage2_steps"]:
+        cut += f", stopped at step {m['steps_done']} by the time budget"
     return f"""# Distilling {m["teacher"]}
 
 {_table(m)}
