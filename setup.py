@@ -74,7 +74,7 @@ def extension(kind, name, folder, macros=()):
         depends=[str(path) for path in sorted(Path("csrc").rglob("*.h"))],
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_TORCH), *macros],
-        extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo"]},
+        extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden", "-Wno-psabi"], "nvcc": ["-O3", "-lineinfo"]},
         py_limited_api=True,
     )
 
