@@ -303,6 +303,16 @@ FASTGEN_INLINE void render_rays(const Scene<T>& scene, const T* coarse, int64_t 
   }
 }
 
+// to += the sum of n rows, summed apart first: sums of sums round less.
+template <class T>
+FASTGEN_INLINE void add_rows(const T* rows, int64_t stride, int64_t n, int64_t columns, T* to) {
+  for (int64_t c = 0; c < columns; c += lanes<T>) {
+    Vec<T> sums{};
+    for (int64_t i = 0; i < n; ++i) sums += load(rows + i * stride + c);
+    store(to + c, load(to + c) + sums);
+  }
+}
+
 template <class T>
 struct Gradients {
   const T *features, *depth, *weight;  // given, of one image: [R, C], [R], [R]
@@ -375,8 +385,8 @@ FASTGEN_INLINE void differentiate_rays(const Scene<T>& scene, const T* depths, i
         const T here = i < n - 1 ? ds[i] : T(0);
         row[C] = (next + here) / 2;
         next = here;
-        for (int64_t c = 0; c <= C; ++c) d.b2[c] += row[c];
       }
+      add_rows(gates, os, n, decoder.outputs, d.b2);
     }
 
     add_outer(gate.get(), os, decoder.outputs, h.get(), hs, samples, d.w2, decoder.hidden);
@@ -386,9 +396,9 @@ FASTGEN_INLINE void differentiate_rays(const Scene<T>& scene, const T* depths, i
         // The derivative of softplus is 1 - exp(-softplus).
         const Vec<T> v = load(&dh[i * hs + c]) * (1 - exponential(-load(&h[i * hs + c])));
         store(&dh[i * hs + c], v);
-        store(d.b1 + c, load(d.b1 + c) + v);
       }
     }
+    add_rows(dh.get(), hs, samples, decoder.hidden, d.b1);
     add_outer(dh.get(), hs, decoder.hidden, x.get(), fs, samples, d.w1, decoder.features);
     multiply({dh.get(), hs, decoder.D, decoder.w1.get(), decoder.features, nullptr, x.get(), fs}, samples);
 
