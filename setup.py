@@ -74,7 +74,10 @@ def extension(kind, name, folder, macros=()):
         depends=[str(path) for path in sorted(Path("csrc").rglob("*.h"))],
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_TORCH), *macros],
-        extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden", "-Wno-psabi"], "nvcc": ["-O3", "-lineinfo"]},
+        extra_compile_args={
+            "cxx": ["-O3", "-fvisibility=hidden", "-Wno-psabi"],
+            "nvcc": ["-O3", "-lineinfo"],
+        },
         py_limited_api=True,
     )
 
@@ -126,8 +129,8 @@ setup(
     cmdclass={"build_ext": Build},
     options={
         "bdist_wheel": {"py_limited_api": "cp310"},
-        # A path, where the default would be an import hook, to which Python prefers any folder named fastgen in
-        # the working directory: such as the clone, seen from the folder it was cloned to.
+        # A path, where the default would be an import hook: to a hook Python prefers any folder named fastgen
+        # in the working directory, such as the clone, seen from the folder that it was cloned to.
         "editable_wheel": {"mode": "compat"},
     },
 )

@@ -98,7 +98,8 @@ def distil(
         [
             {"params": list(student.renderer_parameters()), "scale": 1.0},
             {"params": list(student.superresolution.parameters()), "scale": config.lr_superresolution},
-        ]
+        ],
+        fused=True,
     )
     discriminator_optimiser = _discriminator_optimiser(config, discriminator) if discriminator else None
     parts = {
@@ -252,7 +253,9 @@ def _discriminator_optimiser(config: TrainConfig, discriminator: nn.Module) -> t
     # ratio.
     ratio = config.r1_interval / (config.r1_interval + 1)
     betas = tuple(beta**ratio for beta in config.betas_adversarial)
-    return torch.optim.Adam(discriminator.parameters(), lr=config.lr_discriminator * ratio, betas=betas)
+    return torch.optim.Adam(
+        discriminator.parameters(), lr=config.lr_discriminator * ratio, betas=betas, fused=True
+    )
 
 
 @torch.no_grad()

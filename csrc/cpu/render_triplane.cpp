@@ -20,21 +20,34 @@ int64_t padded(int64_t n) {
   return round_up(n, 16);
 }
 
-// The decoder in the layouts that products want: what is summed over is the row, and rows are padded by zeros.
+// The decoder in the layouts that products want: what is summed over is the row, and rows are padded by
+// zeros.
 template <class T>
 struct Decoder {
-  int64_t F, D, C;                                      // features, hidden, colours
-  int64_t features, hidden, outputs;                    // the same (outputs: C + 1), padded
+  int64_t F, D, C;                                       // features, hidden, colours
+  int64_t features, hidden, outputs;                     // the same (outputs: C + 1), padded
   int64_t feature_stride, hidden_stride, output_stride;  // of samples' rows
-  Buffer<T> w1t, b1, w2t, b2, sigma_row;                // [F, hidden], [hidden], [D, outputs], ...
-  Buffer<T> w1, w2;                                     // [D, features]; [C + 1, hidden], density last
+  Buffer<T> w1t, b1, w2t, b2, sigma_row;                 // [F, hidden], [hidden], [D, outputs], ...
+  Buffer<T> w1, w2;                                      // [D, features]; [C + 1, hidden], density last
   T sigma_bias;
 
   Decoder(const Tensor& w1_, const Tensor& b1_, const Tensor& w2_, const Tensor& b2_)
-      : F(w1_.size(1)), D(w1_.size(0)), C(w2_.size(0) - 1), features(padded<T>(F)), hidden(padded<T>(D)),
-        outputs(padded<T>(C + 1)), feature_stride(row_stride(features)), hidden_stride(row_stride(hidden)),
-        output_stride(row_stride(outputs)), w1t(F * hidden), b1(hidden), w2t(D * outputs), b2(outputs),
-        sigma_row(hidden), w1(D * features), w2((C + 1) * hidden) {
+      : F(w1_.size(1)),
+        D(w1_.size(0)),
+        C(w2_.size(0) - 1),
+        features(padded<T>(F)),
+        hidden(padded<T>(D)),
+        outputs(padded<T>(C + 1)),
+        feature_stride(row_stride(features)),
+        hidden_stride(row_stride(hidden)),
+        output_stride(row_stride(outputs)),
+        w1t(F * hidden),
+        b1(hidden),
+        w2t(D * outputs),
+        b2(outputs),
+        sigma_row(hidden),
+        w1(D * features),
+        w2((C + 1) * hidden) {
     const char* op = "render_triplane";
     const auto v1 = host_vector<T>(op, w1_), c1 = host_vector<T>(op, b1_), v2 = host_vector<T>(op, w2_),
                c2 = host_vector<T>(op, b2_);
@@ -127,8 +140,9 @@ FASTGEN_INLINE void gather(const Scene<T>& scene, const Corners<T>& corners, int
 template <class T>
 FASTGEN_INLINE void first_layer(const Decoder<T>& decoder, const T* x, int64_t rows, T* h, T* sigma) {
   const int64_t stride = decoder.hidden_stride;
-  multiply({x, decoder.feature_stride, decoder.F, decoder.w1t.get(), decoder.hidden, decoder.b1.get(), h, stride},
-           rows);
+  multiply(
+      {x, decoder.feature_stride, decoder.F, decoder.w1t.get(), decoder.hidden, decoder.b1.get(), h, stride},
+      rows);
   for (int64_t i = 0; i < rows; ++i) {
     Vec<T> sums{};
     for (int64_t d = 0; d < decoder.hidden; d += lanes<T>) {
@@ -153,7 +167,10 @@ template <class T>
 struct March {
   Buffer<T> alpha, keep, light, weight, ends;
   explicit March(int64_t n)
-      : alpha(padded<T>(n)), keep(padded<T>(n)), light(padded<T>(n)), weight(padded<T>(n)),
+      : alpha(padded<T>(n)),
+        keep(padded<T>(n)),
+        light(padded<T>(n)),
+        weight(padded<T>(n)),
         ends(padded<T>(n)) {}
 };
 
@@ -328,7 +345,8 @@ FASTGEN_INLINE void differentiate_rays(const Scene<T>& scene, const T* depths, i
   const int64_t fs = decoder.feature_stride, hs = decoder.hidden_stride, os = decoder.output_stride;
   const int64_t rows = round_up(group * n, tile_rows) + tile_rows;
   Buffer<T> x(rows * fs), h(rows * hs), gate(rows * os), dh(rows * hs), sigma(rows + 16),
-      one(padded<T>(n) + 16), t(padded<T>(n) + 16), g(decoder.outputs), q(padded<T>(n)), ds(padded<T>(n) + 16);
+      one(padded<T>(n) + 16), t(padded<T>(n) + 16), g(decoder.outputs), q(padded<T>(n)),
+      ds(padded<T>(n) + 16);
   std::vector<Corners<T>> corners(group, Corners<T>(n));
   March<T> m(n);
 
@@ -360,7 +378,8 @@ FASTGEN_INLINE void differentiate_rays(const Scene<T>& scene, const T* depths, i
         weight += m.ends[i];
         total += m.ends[i] * t[i];
       }
-      const T depth = total / weight, constant = d.weight[ray] - (scene.white_back ? T(1.001) : T(0.001)) * g_sum;
+      const T depth = total / weight,
+              constant = d.weight[ray] - (scene.white_back ? T(1.001) : T(0.001)) * g_sum;
       // Where the depth is NaN, nothing depends on the weights.
       const bool seen = depth == depth;
       const T d_depth = seen ? d.depth[ray] / weight : T(0);
@@ -421,14 +440,14 @@ FASTGEN_INLINE void differentiate_rays(const Scene<T>& scene, const T* depths, i
   }
 }
 
-#define FASTGEN_FOR(T)                                                                                    \
-  FASTGEN_SIMD void render(const Scene<T>& scene, const T* coarse, int64_t S, const T* u, int64_t K,      \
-                           const Outputs<T>& out, int64_t begin, int64_t end) {                           \
-    render_rays<T>(scene, coarse, S, u, K, out, begin, end);                                              \
-  }                                                                                                       \
-  FASTGEN_SIMD void differentiate(const Scene<T>& scene, const T* depths, int64_t n,                      \
-                                  const Gradients<T>& d, int64_t begin, int64_t end) {                    \
-    differentiate_rays<T>(scene, depths, n, d, begin, end);                                               \
+#define FASTGEN_FOR(T)                                                                                      \
+  FASTGEN_SIMD void render(const Scene<T>& scene, const T* coarse, int64_t S, const T* u, int64_t K,        \
+                           const Outputs<T>& out, int64_t begin, int64_t end) {                             \
+    render_rays<T>(scene, coarse, S, u, K, out, begin, end);                                                \
+  }                                                                                                         \
+  FASTGEN_SIMD void differentiate(const Scene<T>& scene, const T* depths, int64_t n, const Gradients<T>& d, \
+                                  int64_t begin, int64_t end) {                                             \
+    differentiate_rays<T>(scene, depths, n, d, begin, end);                                                 \
   }
 FASTGEN_FOR(float)
 FASTGEN_FOR(double)
@@ -536,7 +555,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> render_triplane_cpu(
         const Outputs<T> out{to, mutable_data<T>(depth) + n * R, mutable_data<T>(weight) + n * R,
                              mutable_data<T>(kept) + n * R * all};
         parallel_for(R, all * 4096, [&](int64_t begin, int64_t end) {
-          render(scene, data<T>(coarse) + n * R * S, S, K ? data<T>(u) + n * R * K : nullptr, K, out, begin, end);
+          render(scene, data<T>(coarse) + n * R * S, S, K ? data<T>(u) + n * R * K : nullptr, K, out, begin,
+                 end);
           if (narrow) {
             for (int64_t i = begin * C; i < end * C; ++i) narrow_to[i] = static_cast<P>(to[i]);
           }
@@ -586,7 +606,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> render_triplane_bwd_cpu(
     const Buffer<T> table(3 * scene.plane(), false);
     // A table of gradients for each thread, so that none waits for another; but not without end.
     const int64_t room = (int64_t(512) << 20) / (3 * scene.plane() * int64_t(sizeof(T)));
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({torch::stable::get_num_threads(), room, R}));
+    const int64_t parts =
+        std::max<int64_t>(1, std::min<int64_t>({torch::stable::get_num_threads(), room, R}));
     std::vector<Buffer<T>> tables;
     for (int64_t i = 0; i < parts; ++i) tables.emplace_back(3 * scene.plane(), false);
     const int64_t hidden = decoder.hidden, outputs = decoder.outputs, n1 = hidden * decoder.features;
@@ -607,9 +628,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> render_triplane_bwd_cpu(
           for (int64_t i = begin; i < end; ++i) {
             T *to = &sums[i * size], *own = tables[i].get();
             std::fill(own, own + 3 * scene.plane(), T(0));
-            const Gradients<T> gradients{wide.get(), data<T>(ddc) + n * R,  data<T>(dwc) + n * R,
-                                         own,        to,                    to + n1,
-                                         to + n1 + hidden, to + n1 + hidden + outputs * hidden};
+            const Gradients<T> gradients{wide.get(),
+                                         data<T>(ddc) + n * R,
+                                         data<T>(dwc) + n * R,
+                                         own,
+                                         to,
+                                         to + n1,
+                                         to + n1 + hidden,
+                                         to + n1 + hidden + outputs * hidden};
             differentiate(scene, data<T>(sorted) + n * R * samples, samples, gradients, i * R / parts,
                           (i + 1) * R / parts);
           }

@@ -60,8 +60,8 @@ class Buffer {
   std::unique_ptr<T, Free> values_;
 };
 
-// e^x, to 2 units in the last place from -87 to 88, beyond them as there; NaN stays. Polynomials are fitted in
-// Chebyshev nodes.
+// e^x, to 2 units in the last place from -87 to 88, beyond them as there; NaN stays. Polynomials are fitted
+// in Chebyshev nodes.
 FASTGEN_INLINE Vec<float> exponential(Vec<float> x) {
   using Bits = Vec<uint32_t>;
   const Vec<float> least = Vec<float>{} - 87.0f, most = Vec<float>{} + 88.0f;
@@ -189,8 +189,8 @@ FASTGEN_INLINE void multiply_any(const Product<T>& p, int64_t rows) {
 
 // c [n, columns] += transposed a [m, n] times b [m, columns]; n a multiple of 8, columns of the lanes.
 template <int vectors, class T>
-FASTGEN_INLINE void add_outer_tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t m, T* c,
-                                   int64_t columns) {
+FASTGEN_INLINE void add_outer_tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t m,
+                                   T* c, int64_t columns) {
   Vec<T> sums[8][vectors] = {};
   for (int64_t j = 0; j < m; ++j) {
     Vec<T> row[vectors];
@@ -210,8 +210,8 @@ FASTGEN_INLINE void add_outer_tile(const T* a, int64_t a_stride, const T* b, int
 }
 
 template <class T>
-FASTGEN_INLINE void add_outer_any(const T* a, int64_t a_stride, int64_t n, const T* b, int64_t b_stride, int64_t m,
-                              T* c, int64_t columns) {
+FASTGEN_INLINE void add_outer_any(const T* a, int64_t a_stride, int64_t n, const T* b, int64_t b_stride,
+                                  int64_t m, T* c, int64_t columns) {
   for (int64_t i = 0; i < n; i += 8) {
     int64_t column = 0;
     for (; column + 2 * lanes<T> <= columns; column += 2 * lanes<T>)
@@ -222,13 +222,13 @@ FASTGEN_INLINE void add_outer_any(const T* a, int64_t a_stride, int64_t n, const
 }
 
 // Out of line, since they are long and compiled once for every instruction set.
-#define FASTGEN_FOR(T)                                                                                   \
-  FASTGEN_SIMD static void multiply(const Product<T>& p, int64_t rows) {                                 \
-    multiply_any<T>(p, rows);                                                                            \
-  }                                                                                                      \
-  FASTGEN_SIMD static void add_outer(const T* a, int64_t a_stride, int64_t n, const T* b,                \
-                                     int64_t b_stride, int64_t m, T* c, int64_t columns) {               \
-    add_outer_any<T>(a, a_stride, n, b, b_stride, m, c, columns);                                        \
+#define FASTGEN_FOR(T)                                                                                      \
+  FASTGEN_SIMD static void multiply(const Product<T>& p, int64_t rows) {                                    \
+    multiply_any<T>(p, rows);                                                                               \
+  }                                                                                                         \
+  FASTGEN_SIMD static void add_outer(const T* a, int64_t a_stride, int64_t n, const T* b, int64_t b_stride, \
+                                     int64_t m, T* c, int64_t columns) {                                    \
+    add_outer_any<T>(a, a_stride, n, b, b_stride, m, c, columns);                                           \
   }
 FASTGEN_FOR(float)
 FASTGEN_FOR(double)

@@ -31,7 +31,7 @@ class Size:
 SIZES = {
     "full": Size(32768, 512, 512),
     "compact": Size(8192, 256, 512, superresolution=(64, 32)),
-    "toy": Size(2048, 64, 128, style_lr_multiplier=0.1),
+    "toy": Size(2048, 64, 128, style_lr_multiplier=1.0),
 }
 
 

@@ -78,7 +78,8 @@ def test_silhouettes_and_occluders_are_told_apart_from_slopes():
     assert not warp_by_depth(image, steep, steep, c, c)[1][..., 1:-1].any()
     # Seen where A has something three pixels nearer, not where it is one.
     for nearer, visible in ((1, True), (3, False)):
-        assert warp_by_depth(image, depth * (1 - nearer * pixel), depth, c, c)[1][..., 2:-2, 2:-2].all() == visible
+        seen = warp_by_depth(image, depth * (1 - nearer * pixel), depth, c, c)[1]
+        assert seen[..., 2:-2, 2:-2].all() == visible
 
 
 def test_pose_pairs_look_alike():
