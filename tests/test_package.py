@@ -15,7 +15,10 @@ import torch
 from fastgen import _backends, ops  # noqa: F401  (ops defines the ops)
 
 ROOT = Path(__file__).parents[1]
-COMPILED = ("upfirdn2d", "bias_act", "bias_act_bwd", "bias_act_bwd2")
+COMPILED = (
+    *("upfirdn2d", "bias_act", "bias_act_bwd", "bias_act_bwd2"),
+    *("render_triplane", "render_triplane_bwd"),
+)
 
 
 def run(code: str, **environment) -> str:

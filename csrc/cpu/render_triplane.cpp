@@ -25,9 +25,9 @@ int64_t padded(int64_t n) {
 template <class T>
 struct Decoder {
   int64_t F, D, C;                                       // features, hidden, colours
-  int64_t features, hidden, outputs;                     // the same (outputs: C + 1), padded
+  int64_t features, hidden, colours, outputs;            // the same, padded; outputs: C + 1, padded
   int64_t feature_stride, hidden_stride, output_stride;  // of samples' rows
-  Buffer<T> w1t, b1, w2t, b2, sigma_row;                 // [F, hidden], [hidden], [D, outputs], ...
+  Buffer<T> w1t, b1, w2t, b2, sigma_row;                 // [F, hidden], [hidden], [D, colours], ...
   Buffer<T> w1, w2;                                      // [D, features]; [C + 1, hidden], density last
   T sigma_bias;
 
@@ -37,14 +37,15 @@ struct Decoder {
         C(w2_.size(0) - 1),
         features(padded<T>(F)),
         hidden(padded<T>(D)),
+        colours(padded<T>(C)),
         outputs(padded<T>(C + 1)),
         feature_stride(row_stride(features)),
         hidden_stride(row_stride(hidden)),
         output_stride(row_stride(outputs)),
         w1t(F * hidden),
         b1(hidden),
-        w2t(D * outputs),
-        b2(outputs),
+        w2t(D * colours),
+        b2(colours),
         sigma_row(hidden),
         w1(D * features),
         w2((C + 1) * hidden) {
@@ -55,7 +56,7 @@ struct Decoder {
       b1[d] = c1[d];
       sigma_row[d] = v2[d];
       for (int64_t f = 0; f < F; ++f) w1t[f * hidden + d] = w1[d * features + f] = v1[d * F + f];
-      for (int64_t c = 0; c < C; ++c) w2t[d * outputs + c] = w2[c * hidden + d] = v2[(c + 1) * D + d];
+      for (int64_t c = 0; c < C; ++c) w2t[d * colours + c] = w2[c * hidden + d] = v2[(c + 1) * D + d];
       w2[C * hidden + d] = v2[d];
     }
     for (int64_t c = 0; c < C; ++c) b2[c] = c2[c + 1];
@@ -157,7 +158,7 @@ FASTGEN_INLINE void first_layer(const Decoder<T>& decoder, const T* x, int64_t r
 // gate = colours before the sigmoid, of `rows` rows.
 template <class T>
 FASTGEN_INLINE void second_layer(const Decoder<T>& decoder, const T* h, int64_t rows, T* gate) {
-  multiply({h, decoder.hidden_stride, decoder.D, decoder.w2t.get(), decoder.outputs, decoder.b2.get(), gate,
+  multiply({h, decoder.hidden_stride, decoder.D, decoder.w2t.get(), decoder.colours, decoder.b2.get(), gate,
             decoder.output_stride},
            rows);
 }
@@ -246,7 +247,7 @@ FASTGEN_INLINE void render_rays(const Scene<T>& scene, const T* coarse, int64_t 
   Buffer<T> x(rows(most) * decoder.feature_stride), h0(rows(S) * hs), h1(rows(K) * hs), sigma0(rows(S) + 16),
       sigma1(rows(K) + 16), v0(rows(S)), v1(rows(K)), fine(group * K + 16), t(padded<T>(all) + 16),
       sigma(padded<T>(all) + 16), cdf(S + 1), gate(tile_rows * decoder.output_stride),
-      sums(group * decoder.outputs);
+      sums(group * decoder.colours);
   std::vector<int64_t> order(all);
   Corners<T> corners(most);
   March<T> m(all);
@@ -293,7 +294,7 @@ FASTGEN_INLINE void render_rays(const Scene<T>& scene, const T* coarse, int64_t 
       std::copy(t.get(), t.get() + all, out.kept + (first + g) * all);
     }
 
-    std::fill(sums.get(), sums.get() + group * decoder.outputs, T(0));
+    std::fill(sums.get(), sums.get() + group * decoder.colours, T(0));
     for (int pass = 0; pass < 2; ++pass) {
       const int64_t samples = pass ? K : S;
       const T *h = (pass ? h1 : h0).get(), *v = (pass ? v1 : v0).get();
@@ -304,8 +305,8 @@ FASTGEN_INLINE void render_rays(const Scene<T>& scene, const T* coarse, int64_t 
         if (!counts) continue;
         second_layer(decoder, h + i * hs, n, gate.get());
         for (int64_t j = 0; j < n; ++j) {
-          T* to = &sums[(i + j) / samples * decoder.outputs];
-          for (int64_t c = 0; c < decoder.outputs; c += lanes<T>)
+          T* to = &sums[(i + j) / samples * decoder.colours];
+          for (int64_t c = 0; c < decoder.colours; c += lanes<T>)
             store(to + c, load(to + c) + v[i + j] * sigmoid(load(&gate[j * decoder.output_stride + c])));
         }
       }
@@ -315,7 +316,7 @@ FASTGEN_INLINE void render_rays(const Scene<T>& scene, const T* coarse, int64_t 
     for (int64_t g = 0; g < count; ++g) {
       const T rest = slope * out.weight[first + g] + constant;
       T* to = out.features + (first + g) * C;
-      for (int64_t c = 0; c < C; ++c) to[c] = T(2.004) * sums[g * decoder.outputs + c] + rest;
+      for (int64_t c = 0; c < C; ++c) to[c] = T(2.004) * sums[g * decoder.colours + c] + rest;
     }
   }
 }
@@ -345,7 +346,7 @@ FASTGEN_INLINE void differentiate_rays(const Scene<T>& scene, const T* depths, i
   const int64_t fs = decoder.feature_stride, hs = decoder.hidden_stride, os = decoder.output_stride;
   const int64_t rows = round_up(group * n, tile_rows) + tile_rows;
   Buffer<T> x(rows * fs), h(rows * hs), gate(rows * os), dh(rows * hs), sigma(rows + 16),
-      one(padded<T>(n) + 16), t(padded<T>(n) + 16), g(decoder.outputs), q(padded<T>(n)),
+      one(padded<T>(n) + 16), t(padded<T>(n) + 16), g(decoder.colours), q(padded<T>(n)),
       ds(padded<T>(n) + 16);
   std::vector<Corners<T>> corners(group, Corners<T>(n));
   March<T> m(n);
@@ -369,7 +370,7 @@ FASTGEN_INLINE void differentiate_rays(const Scene<T>& scene, const T* depths, i
       T* gates = &gate[k * n * os];
       for (int64_t i = 0; i < n; ++i) {
         Vec<T> products{};
-        for (int64_t c = 0; c < decoder.outputs; c += lanes<T>) {
+        for (int64_t c = 0; c < decoder.colours; c += lanes<T>) {
           const Vec<T> s = sigmoid(load(gates + i * os + c));
           store(gates + i * os + c, s);
           products += s * load(&g[c]);
@@ -397,7 +398,7 @@ FASTGEN_INLINE void differentiate_rays(const Scene<T>& scene, const T* depths, i
       for (int64_t i = 0; i < n; ++i) {
         T* row = gates + i * os;
         const T v = m.ends[i] * T(1.002);
-        for (int64_t c = 0; c < decoder.outputs; c += lanes<T>) {
+        for (int64_t c = 0; c < decoder.colours; c += lanes<T>) {
           const Vec<T> s = load(row + c);
           store(row + c, (s - s * s) * v * load(&g[c]));
         }
