@@ -209,7 +209,7 @@ def test_resume_refuses(teacher, config):
     config = dataclasses.replace(config, stage2_steps=4)
     with pytest.raises(ValueError, match="out: .* holds a run"):
         distil(config, teacher)
-    with pytest.raises(ValueError, match="resume: lambda_adv was 0.005 in .*, now it is 1.0"):
+    with pytest.raises(ValueError, match="resume: lambda_adv was 0.02 in .*, now it is 1.0"):
         distil(dataclasses.replace(config, resume=True, lambda_adv=1.0), teacher)
 
 
