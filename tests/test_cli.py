@@ -321,6 +321,7 @@ def test_demo_keeps_to_its_budget(files):
         PRESETS["toy"],
         growth=((8, 10, 2),),
         batch_size=2,
+        poses_per_latent=2,
         discriminator_channels=128,
         discriminator_channel_max=8,
         device="cpu",

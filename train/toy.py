@@ -242,6 +242,9 @@ def image_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Ten
     at = torch.arange(2 * side, device=z.device)
     keep = ((at >= 4) | (corner[..., None] == 0)) & ((at < 2 * side - 4) | (corner[..., None] == full - side))
     keep = (keep[:, 1, :, None] & keep[:, 0, None, :]).float()[:, None]
+    # The rim of the whole image is little of it, and all that teaches what to do about the padding there.
+    rim = ((at < 4) & (corner[..., None] == 0)) | ((at >= 2 * side - 4) & (corner[..., None] == full - side))
+    keep = keep * (1 + 7 * (rim[:, 1, :, None] | rim[:, 0, None, :]).float()[:, None])
     error = (image - target).square() * keep
     raw = (features[:, :3] - F.avg_pool2d(target, 2)).square().mean()
     return {"image": error.sum() / (3 * keep.sum()), "raw": 0.5 * raw}
