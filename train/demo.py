@@ -133,7 +133,7 @@ def _seconds_afterwards(teacher: nn.Module, images: int, frames: int) -> float:
     """About how long measuring, pictures and film take: by the teacher's images, and as much again."""
     seconds = milliseconds_per_image(teacher, teacher.camera, 4, repeats=2, warmup=1) / 1e3
     timing = 12 * (1 + 8)
-    return 30 + 2 * seconds * (images + timing + FILMED * frames + len(SEEDS))
+    return 40 + 2 * seconds * (images + timing + FILMED * frames + len(SEEDS))
 
 
 def _affordable(config: TrainConfig, teacher: nn.Module, end: float) -> tuple[float, float]:
@@ -307,9 +307,9 @@ def _table(m: dict) -> str:
 
 
 def _report(m: dict) -> str:
-    cut = ""
+    cut = "" if m["length"] == 1 else f", {m['length']:.3g} of the full length"
     if m["stage1_steps"] < m["stage1_steps_planned"]:
-        cut = f", the first cut from {m['stage1_steps_planned']} by the time budget"
+        cut += f", the first number cut from {m['stage1_steps_planned']} by the time budget"
     if m["steps_done"] < m["stage1_steps"] + m["stage2_steps"]:
         cut += f", stopped at step {m['steps_done']} by the time budget"
     return f"""# Distilling {m["teacher"]}
@@ -320,8 +320,8 @@ Quality: {m["images"]} held-out images, final resolution; reprojection compares 
 {m["reprojection_visible"]:.0%} of the pixels that are visible from both poses, pooled.
 It is no measure of quality: a blurrier image scores higher on it. Times: mapping and synthesis, medians.
 
-Training: {m["stage1_steps"]} + {m["stage2_steps"]} steps, {m["length"]:.3g} of the full length{cut};
-{m["train_s"]:.0f} s of {m["wall_s"]:.0f} s in all; seed {m["seed"]}.
+Training: {m["stage1_steps"]} + {m["stage2_steps"]} steps{cut}; {m["train_s"]:.0f} s of {m["wall_s"]:.0f} s in
+all; seed {m["seed"]}.
 Losses: smooth L1 of feature map and final image, and in the second part the adversarial loss; perceptual
 loss: {m["perceptual_loss"]}. The toy's preset has none: VGG16 is costly on two cores, and no
 trained weights for it are shipped.
