@@ -103,6 +103,33 @@ def test_raw_bias_act_refuses_what_it_would_read_out_of_bounds():
         raw.bias_act(x, torch.randn(3), 4, *rest[1:])
 
 
+def test_raw_render_triplane_refuses_what_it_would_read_out_of_bounds():
+    n, r, samples, f, d, c = 1, 4, 5, 3, 6, 2
+    shapes = [(n, 3, f, 4, 4), (d, f), (d,), (1 + c, d), (1 + c,), (n, r, 3), (n, r, 3), (n, r, samples)]
+    args = [torch.randn(shape) for shape in shapes]
+    raw, rest = torch.ops.fastgen, ([0.5] * 18, False)
+    raw.render_triplane(*args, torch.rand(n, r, 4), *rest)
+    for i, wrong, message in (
+        (0, torch.randn(n, 2, f, 4, 4), "planes must be"),
+        (1, torch.randn(d, f + 1), "decoder must be"),
+        (4, torch.randn(c), "decoder must be"),
+        (5, torch.randn(n, r - 1, 3), "rays must be"),
+        (6, torch.randn(n, r, 3).double(), "must have one dtype"),
+        (7, torch.randn(n, r, 0), "depths must be"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            raw.render_triplane(*args[:i], wrong, *args[i + 1 :], None, *rest)
+    with pytest.raises(RuntimeError, match="u_fine must be"):
+        raw.render_triplane(*args, torch.rand(n, r - 1, 4), *rest)
+    with pytest.raises(RuntimeError, match="18 numbers"):
+        raw.render_triplane(*args, None, [0.5] * 6, False)
+    one, df = torch.randn(n, r, 1), torch.randn(n, r, c)
+    raw.render_triplane_bwd(df, one, one, *args, *rest)
+    for wrong in ((df[:, 1:], one, one), (df.bfloat16(), one, one), (df, one[:, 1:], one), (df, one, df)):
+        with pytest.raises(RuntimeError, match="must be .*, with the dtype of"):
+            raw.render_triplane_bwd(*wrong, *args, *rest)
+
+
 BLOCK = "import sys\nsys.modules.update(dict.fromkeys({names}))\n"  # none of these can be imported then
 
 

@@ -515,10 +515,30 @@ void dispatch_wide(const Tensor& x, const Body& body) {
   return x.scalar_type() == ScalarType::Float ? body(float()) : body(double());
 }
 
-void check_types(const Tensor& model, std::initializer_list<const Tensor*> others) {
-  for (const Tensor* x : others)
-    FASTGEN_CHECK(x->scalar_type() == model.scalar_type(),
-                  "render_triplane: rays, depths and their gradients must have one dtype");
+bool has_shape(const Tensor& x, std::initializer_list<int64_t> shape) {
+  bool same = x.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (int64_t size : shape) same = same && x.size(i++) == size;
+  return same;
+}
+
+// What the kernels would otherwise read out of bounds.
+void check_scene(const Tensor& planes, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                 const Tensor& ray_origins, const Tensor& ray_directions, const Tensor& depths,
+                 const std::vector<double>& projection) {
+  FASTGEN_CHECK(depths.dim() == 3 && depths.size(2) > 0, "render_triplane: depths must be [N, R, S], S > 0");
+  const int64_t N = depths.size(0), R = depths.size(1);
+  FASTGEN_CHECK(planes.dim() == 5 && planes.size(0) == N && planes.size(1) == 3,
+                "render_triplane: planes must be [N, 3, F, H, W]");
+  const int64_t F = planes.size(2), D = b1.numel(), O = b2.numel();
+  FASTGEN_CHECK(has_shape(w1, {D, F}) && has_shape(w2, {O, D}) && O > 1,
+                "render_triplane: the decoder must be [D, F], [D], [1 + C, D], [1 + C]");
+  FASTGEN_CHECK(has_shape(ray_origins, {N, R, 3}) && has_shape(ray_directions, {N, R, 3}),
+                "render_triplane: rays must be [N, R, 3]");
+  FASTGEN_CHECK(projection.size() == 18, "render_triplane: projection must be 18 numbers");
+  for (const Tensor* x : {&ray_origins, &ray_directions})
+    FASTGEN_CHECK(x->scalar_type() == depths.scalar_type(),
+                  "render_triplane: rays and depths must have one dtype");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> render_triplane_cpu(
@@ -531,7 +551,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> render_triplane_cpu(
   const auto format = MemoryFormat::Contiguous;
   const Tensor dense = contiguous(planes), o = contiguous(ray_origins), d = contiguous(ray_directions),
                coarse = contiguous(depths), u = u_fine ? contiguous(*u_fine) : depths;
-  check_types(depths, {&o, &d, &u});
+  check_scene(planes, w1, b1, w2, b2, o, d, coarse, projection);
+  FASTGEN_CHECK(!u_fine || (has_shape(u, {N, R, K}) && u.scalar_type() == depths.scalar_type()),
+                "render_triplane: u_fine must be [N, R, K], with the dtype of depths");
   Tensor features = empty(planes, {N, R, C}, format), depth = empty(depths, {N, R, 1}, format),
          weight = empty(depths, {N, R, 1}, format), kept = empty(depths, {N, R, all}, format);
   if (!kept.numel()) return {features, depth, weight, kept};
@@ -591,7 +613,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> render_triplane_bwd_cpu(
   const auto format = MemoryFormat::Contiguous;
   const Tensor dense = contiguous(planes), o = contiguous(ray_origins), d = contiguous(ray_directions),
                sorted = contiguous(depths), dfc = contiguous(df), ddc = contiguous(dd), dwc = contiguous(dw);
-  check_types(depths, {&o, &d, &ddc, &dwc});
+  check_scene(planes, w1, b1, w2, b2, o, d, sorted, projection);
+  FASTGEN_CHECK(has_shape(dfc, {N, R, C}) && dfc.scalar_type() == planes.scalar_type(),
+                "render_triplane_bwd: df must be [N, R, C], with the dtype of planes");
+  for (const Tensor* x : {&ddc, &dwc})
+    FASTGEN_CHECK(has_shape(*x, {N, R, 1}) && x->scalar_type() == depths.scalar_type(),
+                  "render_triplane_bwd: dd and dw must be [N, R, 1], with the dtype of depths");
   Tensor d_planes = empty(planes, {N, 3, planes.size(2), planes.size(3), planes.size(4)}, format);
   std::vector<Tensor> grads;
   for (const Tensor* p : {&w1, &b1, &w2, &b2}) {
