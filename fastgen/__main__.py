@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 import fastgen
+from fastgen._backends import BackendError
 from fastgen.train.config import PRESETS, TrainConfig
 
 if TYPE_CHECKING:
@@ -124,9 +125,9 @@ class Render:
 
     def __post_init__(self):
         parse_seeds(self.seeds)
-        for name in ("poses", "frames", "fps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, most in (("poses", 1000), ("frames", 100_000), ("fps", 1000)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, got {getattr(self, name)}")
         if not abs(self.truncation) <= 2:
             raise ValueError(f"truncation must be in [-2, 2], got {self.truncation}")
         if not (self.grid or self.orbit or self.image):
@@ -193,9 +194,10 @@ class Demo:
     minutes: float = 8.0
     """Time budget. On a machine too slow for the full length, both stages are shortened alike to keep it."""
     length: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """Training length as a share of the full one; None: 1, or less to keep to the budget."""
+    """Training length as a share of the full one, whatever time it takes; None: 1, or less to keep to the
+    budget."""
     images: int = 128
-    """Held-out images to measure on."""
+    """Held-out images to measure on, rounded up to eights."""
     frames: int = 120
     """Frames of the film."""
     perceptual_weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE.pth")] = None
@@ -256,12 +258,20 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return _complain(argv, "interrupted", 130)
-    except (OSError, ValueError, FloatingPointError) as error:
-        if os.environ.get("FASTGEN_DEBUG"):
+    except (OSError, ValueError, FloatingPointError, RuntimeError) as error:
+        known = not isinstance(error, RuntimeError) or isinstance(error, BackendError) or _no_memory(error)
+        if os.environ.get("FASTGEN_DEBUG") or not known:
             raise
         named = isinstance(error, OSError) and error.filename is not None and error.strerror
         return _complain(argv, f"{error.filename}: {error.strerror}" if named else str(error))
     return 0
+
+
+def _no_memory(error: RuntimeError) -> bool:
+    import torch
+
+    # On the CPU it has no class of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -358,6 +368,7 @@ def _complain(argv: list[str], message: str, code: int = 2) -> int:
     command = f" {argv[0]}" if argv and argv[0] in COMMANDS else ""
     # A file's name or its content may hold anything.
     line = "".join(letter for letter in " ".join(message.split()) if letter.isprintable())
+    line = line.removeprefix("TrainConfig: ")
     print(f"fastgen{command}: {line}", file=sys.stderr)
     return code
 

@@ -19,6 +19,11 @@ import torch
 
 OLDEST_TORCH = (2, 11)
 
+
+class BackendError(RuntimeError):
+    """A backend that was asked for is missing; says why."""
+
+
 _libraries: dict[str, object] = {}  # backend -> loaded module
 _reasons: dict[str, str] = {}  # backend -> why it was not loaded
 
@@ -119,6 +124,10 @@ def _triton_status() -> tuple[bool, str]:
 
 def served(op: str) -> dict[str, tuple[str, str]]:
     """Per device type: the backend that calls of `op` reach, and why it cannot run, or why none is faster."""
+    from .ops import _define
+
+    if _define.choice() == "reference":
+        return dict.fromkeys(("cpu", "cuda"), ("reference", "FASTGEN_BACKEND=reference"))
     registered = torch._C._dispatch_dump(f"fastgen::{op}")
     answer = {}
     for device, (usable, reason) in status().items():

@@ -73,7 +73,7 @@ def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
             if header is None:
                 raise CheckpointError("a safetensors file without fastgen's header")
             return json.loads(header), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"a damaged safetensors file ({error})") from error
 
 

@@ -118,7 +118,7 @@ def _storage(data: bytes) -> Held:  # all of it, flat
         storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it names {found[1]}" if found else str(error).splitlines()[0]
+        what = f"it names {found[1]}" if found else f"it begins with {data[:8]!r}"
         raise CheckpointError(
             f"a nested torch file that torch.load(weights_only=True) refuses: {what}"
         ) from None

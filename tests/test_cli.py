@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 import fastgen
-from fastgen import checkpoint, pictures
+from fastgen import __main__ as cli
+from fastgen import _backends, checkpoint, pictures
 from fastgen.__main__ import main, parse_seeds
 from fastgen.camera import CameraDistribution
 from fastgen.models.student import Student
@@ -168,6 +169,24 @@ def test_info(capsys):
             assert devices["cpu"]["why"]
     if not usable:
         assert reason in table
+
+
+def test_info_follows_the_choice_of_backend(capsys, monkeypatch):
+    with fastgen.backend("reference"):
+        assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {by["backend"] for op in found["ops"].values() for by in op.values()} == {"reference"}
+    # What can't be had is told in a line, and only that.
+    for error in (
+        _backends.BackendError("backend 'cuda' is not available: not built"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+    ):
+        monkeypatch.setattr(cli.Info, "run", lambda self, error=error: (_ for _ in ()).throw(error))
+        assert main(["info"]) == 2
+        assert capsys.readouterr().err == f"fastgen info: {error}\n"
+    monkeypatch.setattr(cli.Info, "run", lambda self: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["info"])
 
 
 def test_convert(files, tmp_path, capsys):

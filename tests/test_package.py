@@ -119,6 +119,8 @@ def test_raw_render_triplane_refuses_what_it_would_read_out_of_bounds():
     ):
         with pytest.raises(RuntimeError, match=message):
             raw.render_triplane(*args[:i], wrong, *args[i + 1 :], None, *rest)
+    with pytest.raises(RuntimeError, match="at least 4 samples"):
+        raw.render_triplane(*args[:7], args[7][..., :2], torch.rand(n, r, 3), *rest)
     with pytest.raises(RuntimeError, match="u_fine must be"):
         raw.render_triplane(*args, torch.rand(n, r - 1, 4), *rest)
     with pytest.raises(RuntimeError, match="18 numbers"):

@@ -80,7 +80,9 @@ def run(
     # the same, for they need a student.
     end = started + 60 * minutes - min(_seconds_afterwards(teacher, images, frames), 30 * minutes)
     stage2_by = math.inf
-    if length is None:
+    if length is not None:
+        end = math.inf  # a length and a seed fix the student: no clock has a say
+    else:
         length, stage2 = _affordable(config, teacher, end)
         # The machine may be busier by then.
         stage2_by = end - 1.3 * stage2
@@ -97,7 +99,7 @@ def run(
     trained = time.monotonic() - began
     student = result.student
 
-    print(f"[3/4] measuring on {images} held-out images", flush=True)
+    print("[3/4] measuring on held-out images", flush=True)
     perceptual = perceptual.to(next(student.parameters()).device)
     metrics = evaluate(student, teacher, teacher.camera, images, perceptual=perceptual)
     metrics |= _speed(student, teacher)

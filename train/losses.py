@@ -136,8 +136,8 @@ def _read_vgg(weights: str | Path | None) -> dict[str, Tensor]:
         raise FileNotFoundError(f"perceptual_weights: no such file: {weights}")
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"perceptual_weights: {weights} is not a file of weights: {error}") from None
+    except Exception as error:  # whose message advises to load it all the same
+        raise ValueError(f"perceptual_weights: {weights} is not a file of weights") from error
     state = state if isinstance(state, dict) else {}
     missing = [
         name

@@ -11,10 +11,6 @@ namespace {
 
 constexpr int64_t least_samples = 96;  // rays are taken together until they have as many
 
-// A weight, or light, below this changes no digit of a sum of colours.
-template <class T>
-constexpr T negligible = std::is_same_v<T, float> ? T(9.3e-10) : T(0);
-
 template <class T>
 int64_t padded(int64_t n) {
   return round_up(n, 16);
@@ -30,6 +26,7 @@ struct Decoder {
   Buffer<T> w1t, b1, w2t, b2, sigma_row;                 // [F, hidden], [hidden], [D, colours], ...
   Buffer<T> w1, w2;                                      // [D, features]; [C + 1, hidden], density last
   T sigma_bias;
+  T negligible;  // a weight of a colour below this changes no digit of a sum of colours
 
   Decoder(const Tensor& w1_, const Tensor& b1_, const Tensor& w2_, const Tensor& b2_)
       : F(w1_.size(1)),
@@ -61,6 +58,10 @@ struct Decoder {
     }
     for (int64_t c = 0; c < C; ++c) b2[c] = c2[c + 1];
     sigma_bias = c2[0];
+    // Zero times a colour that is not finite is NaN, and has to be seen.
+    const auto finite = [](T v) { return std::isfinite(v); };
+    const bool safe = std::all_of(v2.begin(), v2.end(), finite) && std::all_of(c2.begin(), c2.end(), finite);
+    negligible = !safe ? T(-1) : std::is_same_v<T, float> ? T(9.3e-10) : T(0);
   }
 };
 
@@ -301,7 +302,7 @@ FASTGEN_INLINE void render_rays(const Scene<T>& scene, const T* coarse, int64_t 
       for (int64_t i = 0; i < count * samples; i += tile_rows) {
         const int64_t n = std::min<int64_t>(tile_rows, count * samples - i);
         bool counts = false;
-        for (int64_t j = 0; j < n; ++j) counts |= !(v[i + j] <= negligible<T>);
+        for (int64_t j = 0; j < n; ++j) counts |= !(v[i + j] <= decoder.negligible);
         if (!counts) continue;
         second_layer(decoder, h + i * hs, n, gate.get());
         for (int64_t j = 0; j < n; ++j) {
@@ -552,6 +553,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> render_triplane_cpu(
   const Tensor dense = contiguous(planes), o = contiguous(ray_origins), d = contiguous(ray_directions),
                coarse = contiguous(depths), u = u_fine ? contiguous(*u_fine) : depths;
   check_scene(planes, w1, b1, w2, b2, o, d, coarse, projection);
+  FASTGEN_CHECK(!K || S >= 4, "render_triplane: depths must have at least 4 samples where u_fine is given");
   FASTGEN_CHECK(!u_fine || (has_shape(u, {N, R, K}) && u.scalar_type() == depths.scalar_type()),
                 "render_triplane: u_fine must be [N, R, K], with the dtype of depths");
   Tensor features = empty(planes, {N, R, C}, format), depth = empty(depths, {N, R, 1}, format),

@@ -185,7 +185,8 @@ class Teacher(nn.Module):
         """
         require_shape("Teacher.render", "c", c, (None, 25), "[N, 25]")
         size = neural_rendering_resolution or self.neural_rendering_resolution
-        origins, directions = camera.rays(c.to(planes.dtype), size)
+        # Sixteen bits would misplace the camera.
+        origins, directions = camera.rays(c.to(torch.promote_types(planes.dtype, torch.float32)), size)
         out = ops.render_triplane(
             planes, self.decoder.effective(), origins, directions, self.render_options, u_coarse, u_fine
         )

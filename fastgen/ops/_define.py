@@ -132,7 +132,7 @@ def _check_choice(name: str) -> str:
         if usable and name == "triton" and not _triton_ops:
             usable, reason = False, "no op has a Triton kernel"
         if not usable:
-            raise RuntimeError(f"backend {name!r} is not available: {reason}")
+            raise _backends.BackendError(f"backend {name!r} is not available: {reason}")
     return name
 
 
@@ -162,6 +162,11 @@ class backend:
 
 
 _choice = _check_choice(os.environ.get("FASTGEN_BACKEND") or "auto")
+
+
+def choice() -> str:
+    """The backend in force."""
+    return _choice
 
 
 # What arguments must be. Each raises a line that names op, argument, expectation and what came.
@@ -212,9 +217,11 @@ def require_same_device(op: str, **tensors: Tensor | None) -> None:
 
 def require_number(op: str, name: str, value) -> float:
     """A number, as a float."""
-    ok = isinstance(value, int | float) or hasattr(value, "__float__")
-    require(ok, op, name + " must be a number, got {!r}", value)
-    return float(value)
+    try:
+        # A text is no number, though float() reads it.
+        return float(value) if hasattr(value, "__float__") else float(None)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{op}: {name} must be a number, got {value!r}") from None
 
 
 def require_ints(op: str, name: str, value, counts: Sequence[int], at_least: int | None = None) -> list[int]:

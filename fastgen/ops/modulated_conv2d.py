@@ -45,7 +45,7 @@ def modulated_conv2d_reference(
     dtype = wide(x).dtype
     s, w, d, eps = styles.to(dtype), weight.to(dtype), None, 1e-8
     if demodulate:
-        if x.dtype.itemsize == 2:
+        if x.dtype.itemsize == 2 and x.shape[0] > 0:
             c = _largest(s.t(), [1])
             w, s = w * c[:, None, None], s / c
             a, b = _largest(w, [1, 2, 3]) * taps**0.5, _largest(s, [1])

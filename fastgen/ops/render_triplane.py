@@ -209,7 +209,8 @@ def render_triplane(
     n, _, f, h, w = planes.shape
     require(h > 0 and w > 0, op, "planes must have at least one row and one column, got {}", planes.shape)
     text = "decoder must be four tensors w1, b1, w2, b2, got {}"
-    require(isinstance(decoder, list | tuple), op, text, type(decoder).__name__)
+    if not isinstance(decoder, list | tuple):
+        raise TypeError(f"{op}: {text.format(type(decoder).__name__)}")
     require(len(decoder) == 4, op, text, len(decoder))
     w1, b1, w2, b2 = decoder
     require_shape(op, "w1", w1, [None, f], "D F")

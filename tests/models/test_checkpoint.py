@@ -273,6 +273,15 @@ def test_source_in_the_file_does_not_run(tmp_path, victim, original):
         assert torch.equal(teacher.state_dict()[name], value), name
 
 
+def test_source_of_a_class_that_is_not_known_is_refused_with_it(tmp_path, victim, original):
+    source = b"# source of training.triplane withheld"
+    data = original.read_bytes().replace(source, b"open('ran', 'w').write('x')".ljust(len(source)))
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(data.replace(b"TriPlaneGenerator", b"FileWriterOnLoad_"))
+    with pytest.raises(CheckpointError, match="G_ema is a FileWriterOnLoad_, expected a TriPlaneGenerator"):
+        fastgen.load_teacher(path)
+
+
 def test_another_network(tmp_path, original):
     path = tmp_path / "other.pkl"
     path.write_bytes(original.read_bytes().replace(b"TriPlaneGenerator", b"StyleGAN2Unedited"))

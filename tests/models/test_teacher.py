@@ -272,3 +272,15 @@ def test_bad_types_and_sizes(small, inputs, small_config):
         Teacher(**small_config | {"superresolution": "ESRGAN"})
     with pytest.raises(ValueError, match="img_resolution must be a power of two, at least 4, got 24"):
         Teacher(**small_config | {"plane_resolution": 24})
+
+
+def test_16_bits_do_not_move_the_camera():
+    teacher = fastgen.load_teacher("toy")
+    z, c = torch.randn(1, teacher.z_dim), teacher.camera.sample(1)
+    with torch.no_grad():
+        planes = teacher.backbone_planes(teacher.mapping(z, c))
+        want = teacher.render(planes, c)["image_raw"]
+        got = teacher.bfloat16().render(planes.bfloat16(), c)["image_raw"]
+    assert got.dtype == torch.bfloat16
+    # A camera in 16 bits gives less than 30 dB.
+    assert 10 * torch.log10(4 / (got.float() - want).square().mean()) > 45

@@ -179,3 +179,13 @@ def test_zero_styles_and_weights_give_zero_in_every_dtype():
         w, s = torch.zeros(4, 3, 3, 3), torch.zeros(2, 3)
         assert not ops.modulated_conv2d(x, w, s + 1, padding=1).any()
         assert not ops.modulated_conv2d(x, w + 1, s, padding=1).any()
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_empty_batch_in_16_bits(up, device):
+    x, weight, styles = (
+        torch.zeros(s, device=device).bfloat16() for s in ((0, 4, 8, 8), (5, 4, 3, 3), (0, 4))
+    )
+    f = F4.to(device)
+    out = ops.modulated_conv2d(x, weight, styles, up=up, padding=1, resample_filter=f)
+    assert out.shape == (0, 5, 8 * up, 8 * up) and out.dtype == torch.bfloat16

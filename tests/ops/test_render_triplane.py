@@ -276,6 +276,16 @@ def test_values_that_are_not_finite_stay_with_their_rays(value, device):
     assert torch.equal(features[rest], whole[rest])
 
 
+def test_a_colour_that_is_not_finite_is_seen_through_empty_space(device):
+    scene, arguments = small(torch.float32)
+    with torch.no_grad():
+        scene[4][0], scene[4][1] = -1e4, float("nan")
+    scene = [x.detach().to(device) for x in scene]
+    arguments[:2] = [x.to(device) for x in arguments[:2]]
+    features = render(scene, arguments).features
+    assert features[..., 0].isnan().all() and features[..., 1].isfinite().all()
+
+
 def test_midpoints_are_the_default_and_repeat():
     scene, arguments = small()
     first, second = render(scene, arguments), render(scene, arguments)
@@ -391,7 +401,7 @@ ERRORS = [
         ValueError,
         "planes must have shape [N, 3, F, H, W], got [2, 2, 3, 4, 4]",
     ),
-    ({"decoder": 3}, ValueError, "decoder must be four tensors w1, b1, w2, b2, got int"),
+    ({"decoder": 3}, TypeError, "decoder must be four tensors w1, b1, w2, b2, got int"),
     ({"decoder": [None] * 3}, ValueError, "decoder must be four tensors w1, b1, w2, b2, got 3"),
     ({"decoder": [None] * 4}, TypeError, "w1 must be a tensor, got NoneType"),
     ({"w1": torch.zeros(4, 7)}, ValueError, "w1 must have shape [D, F=3], got [4, 7]"),

@@ -87,3 +87,10 @@ def test_unknown_field_in_file(tmp_path):
     (tmp_path / "config.json").write_text('{"lambda_x": 1}')
     with pytest.raises(ValueError, match="no such TrainConfig field: lambda_x"):
         TrainConfig.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("field", ['"device": 3', '"batch_size": 1.5', '"seed": true', '"lr": "fast"'])
+def test_field_of_another_type_in_file(tmp_path, field):
+    (tmp_path / "config.json").write_text("{" + field + "}")
+    with pytest.raises(ValueError, match=f"{field.split(chr(34))[1]} must be of type"):
+        TrainConfig.load(tmp_path / "config.json")
