@@ -96,6 +96,16 @@ if CUDA != "0":
         say(f"building without the CUDA library: {error}")
 
 
+def editable_mode():
+    """A path, where the default is an import hook: to a hook Python prefers any folder named fastgen in the
+    working directory, such as the clone, seen from the folder that it was cloned to."""
+    from setuptools.command import editable_wheel
+
+    # It is called transitional: a setuptools without it falls back to the hook.
+    known = hasattr(getattr(editable_wheel, "_EditableMode", None), "COMPAT")
+    return {"mode": "compat"} if known else {}
+
+
 class Build(BuildExtension):
     def run(self):
         super().run()
@@ -127,10 +137,5 @@ setup(
     package_dir={"fastgen": "fastgen", "fastgen.kernels": "kernels", "fastgen.train": "train"},
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
-    options={
-        "bdist_wheel": {"py_limited_api": "cp310"},
-        # A path, where the default would be an import hook: to a hook Python prefers any folder named fastgen
-        # in the working directory, such as the clone, seen from the folder that it was cloned to.
-        "editable_wheel": {"mode": "compat"},
-    },
+    options={"bdist_wheel": {"py_limited_api": "cp310"}, "editable_wheel": editable_mode()},
 )

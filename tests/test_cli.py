@@ -366,7 +366,10 @@ WRONG = {
     "unknown preset": ("train --preset cats", "'cats'.*--preset"),
     "impossible value": ("train --batch-size 0", "batch_size must be at least 1, got 0"),
     "impossible weight": ("train --lambda-adv=-1", "lambda_adv must be at least 0, got -1"),
-    "no frames": ("render --model toy --frames 0 --orbit {tmp}/a.mp4", "frames must be from 1 to 100000, got 0"),
+    "no frames": (
+        "render --model toy --frames 0 --orbit {tmp}/a.mp4",
+        "frames must be from 1 to 100000, got 0",
+    ),
     "no budget": ("demo --minutes 0 --out {tmp}/d", "minutes must be above 0 and below 1000, got 0"),
     "truncation is no number": ("render --model toy --truncation nan --grid {tmp}/a.png", "truncation"),
     "wrong seeds": (
