@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastgen
 from fastgen import _backends, ops  # noqa: F401  (ops defines the ops)
 
 ROOT = Path(__file__).parents[1]
@@ -188,6 +189,17 @@ def test_readme_example_runs():
     printed = run(block).splitlines()
     assert printed[0].startswith("{'image': [4, 3, 128, 128], 'feature_image': [4, 32, 64, 64]")
     assert printed[1] == "[4, 64, 64, 64] [4, 64, 32, 32]"
+
+
+def test_found_from_the_folder_that_holds_the_clone(tmp_path):
+    """There a folder named fastgen without an __init__.py lies in the way of an editable install."""
+    (tmp_path / "fastgen").symlink_to(ROOT)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = "import fastgen, fastgen.train.toy, fastgen.kernels; print(fastgen.__version__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.stdout.strip() == fastgen.__version__, done.stderr
 
 
 def test_package_map_has_every_package():
