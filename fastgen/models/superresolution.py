@@ -82,4 +82,4 @@ class SuperResolution(nn.Module):
         image = x[:, :3]
         x, image = self.block0(x, image, w, noise_mode)
         x, image = self.block1(x, image, w, noise_mode)
-        return image
+        return image.contiguous()

@@ -284,3 +284,14 @@ def test_16_bits_do_not_move_the_camera():
     assert got.dtype == torch.bfloat16
     # A camera in 16 bits gives less than 30 dB.
     assert 10 * torch.log10(4 / (got.float() - want).square().mean()) > 45
+
+
+def test_inference_is_training_without_the_gradients(small, inputs):
+    """It runs channels-last on the CPU, which nobody should notice."""
+    z, c = inputs
+    want = small(z, c)
+    with torch.no_grad():
+        got = small(z, c)
+    for name, image in got.items():
+        assert image.is_contiguous() or name == "image_raw", name  # which is a view of feature_image
+        torch.testing.assert_close(image, want[name].detach(), rtol=1e-4, atol=1e-4)
