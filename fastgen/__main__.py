@@ -192,7 +192,8 @@ class Demo:
     teacher: str = "toy"
     """'toy' (shipped), or any small teacher's .safetensors or .pkl."""
     minutes: float = 8.0
-    """Time budget. On a machine too slow for the full length, both stages are shortened alike to keep it."""
+    """Time budget. On a machine too slow for the full length, both stages are shortened to keep it; on one
+    that becomes slower meanwhile, stage 1."""
     length: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Training length as a share of the full one, whatever time it takes; None: 1, or less to keep to the
     budget."""
@@ -203,7 +204,7 @@ class Demo:
     perceptual_weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE.pth")] = None
     """torchvision's vgg16 weights on disk, to report LPIPS; without, random VGG16 features, and so named."""
     seed: int = 0
-    """Fixes everything drawn at random; with the length, it fixes the student."""
+    """Fixes everything drawn at random; together with --length, it fixes the student."""
     device: str = "auto"
     """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
 

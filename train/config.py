@@ -210,9 +210,8 @@ class TrainConfig:
         empty_where_adversarial = not self.growth or self.curriculum != "single-stage"
         self._require("growth", empty_where_adversarial, "empty when curriculum is 'single-stage'")
         growing = sum(phase[1] for phase in self.growth)
-        self._require(
-            "stage1_steps", self.stage1_steps >= growing, f"at least the steps of growth ({growing})"
-        )
+        least = f"at least the steps of growth ({growing}; none with a bare --growth)"
+        self._require("stage1_steps", self.stage1_steps >= growing, least)
         batches = [self.batch_size, *(phase[2] for phase in self.growth)]
         for batch in batches:
             divides = batch % self.poses_per_latent == 0

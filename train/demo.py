@@ -320,7 +320,7 @@ def _report(m: dict) -> str:
 
 Quality: {m["images"]} held-out images, final resolution; reprojection compares the
 {m["reprojection_visible"]:.0%} of the pixels that are visible from both poses, pooled.
-It is no measure of quality: a blurrier image scores higher on it. Times: mapping and synthesis, medians.
+Blur alone can raise it, so it says little without the rows above. Times: mapping and synthesis, medians.
 
 Training: {m["stage1_steps"]} + {m["stage2_steps"]} steps{cut}; {m["train_s"]:.0f} s of {m["wall_s"]:.0f} s in
 all; seed {m["seed"]}.
