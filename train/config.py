@@ -331,8 +331,9 @@ PRESETS: dict[str, TrainConfig] = {
     },
     # Minutes on two CPU cores. Most steps are small: one at 16 x 16 costs a fifth of one at 64 x 64, and
     # teaches the layout. What counts is the number of steps and a high rate: at 16 x 16, 1000 steps of 16
-    # images at a rate of 0.01 reach 20.6 dB in 70 s, at 0.05 22.3 dB, and 4000 steps of 4 images 23.7 dB in
-    # 110 s. The super-resolution starts trained and costs twice the renderer: it learns rarely and slowly.
+    # images at a rate of 0.01 reached 21.1 dB in 60 s, at 0.05 22.5 dB, and 4000 steps of 4 images 23.7 dB in
+    # 112 s (one seed, one thread; with standardised inputs, which were worth 0.3 dB and are not kept).
+    # The super-resolution starts trained, so it learns rarely and slowly.
     "toy": dataclasses.replace(
         _paper,
         student="toy",
