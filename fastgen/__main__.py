@@ -59,7 +59,12 @@ class Info:
                 unusable = by["why"] == found["backends"][device]["why"]
                 if by["backend"] == "reference":
                     why.append(f"{device}: {'library not usable, see above' if unusable else by['why']}")
-            rows.append([op, *(by["backend"] for by in devices.values()), "; ".join(why)])
+            # A library can be there and have no device to run on.
+            names = [
+                by["backend"] + (" (unusable)" if by["why"] and by["backend"] != "reference" else "")
+                for by in devices.values()
+            ]
+            rows.append([op, *names, "; ".join(why)])
         print(_table(["op", *(f"on {device}" for device in devices), "why the reference"], rows))
 
 

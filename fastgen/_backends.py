@@ -124,10 +124,6 @@ def _triton_status() -> tuple[bool, str]:
 
 def served(op: str) -> dict[str, tuple[str, str]]:
     """Per device type: the backend that calls of `op` reach, and why it cannot run, or why none is faster."""
-    from .ops import _define
-
-    if _define.choice() == "reference":
-        return dict.fromkeys(("cpu", "cuda"), ("reference", "FASTGEN_BACKEND=reference"))
     registered = torch._C._dispatch_dump(f"fastgen::{op}")
     answer = {}
     for device, (usable, reason) in status().items():
@@ -135,7 +131,7 @@ def served(op: str) -> dict[str, tuple[str, str]]:
             continue
         kernel = re.search(rf"^{device.upper()}: registered at (.*)", registered, re.MULTILINE)
         if kernel is None:
-            answer[device] = ("reference", "no kernel for this op" if usable else reason)
+            answer[device] = ("reference", "no kernel for this op" if device in _libraries else reason)
         elif "csrc" in kernel[1]:
             answer[device] = (device, "" if usable else reason)
         else:

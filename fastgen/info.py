@@ -64,13 +64,18 @@ def backends() -> dict[str, dict[str, bool | str]]:
 
 def served() -> dict[str, dict[str, dict[str, str]]]:
     """Per op and device type: the backend that serves it, and why not a faster one."""
-    from . import ops  # noqa: F401  (registers them)
+    from .ops import _define  # with all of them
 
     names = [n.split("::") for n in torch._C._dispatch_get_all_op_names()]
-    return {
+    found = {
         op: {device: {"backend": by, "why": why} for device, (by, why) in _backends.served(op).items()}
         for op in sorted(name for space, name in names if space == "fastgen" and "." not in name)
     }
+    if _define.choice() == "reference":
+        return {
+            op: {device: {"backend": "reference", "why": "chosen"} for device in found[op]} for op in found
+        }
+    return found
 
 
 def summary() -> str:

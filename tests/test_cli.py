@@ -320,8 +320,10 @@ def test_demo(files, tmp_path, capsys):
         torch.__version__,
         "side_by_side.png",
         "perceptual\nloss: none",
+        "and in the second part the adversarial loss",
     ):
         assert words in report, words
+    assert "adversarial" not in demo._report(metrics | {"steps_done": metrics["stage1_steps"]})
     unseen = metrics | {"reprojection_psnr_teacher_db": None, "reprojection_psnr_student_db": None}
     assert "PSNR in dB | - | - |" in demo._table(unseen)
     assert f"{metrics['psnr_db']:.2f}" in said

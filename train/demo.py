@@ -314,6 +314,8 @@ def _report(m: dict) -> str:
         cut += f", the first number cut from {m['stage1_steps_planned']} by the time budget"
     if m["steps_done"] < m["stage1_steps"] + m["stage2_steps"]:
         cut += f", stopped at step {m['steps_done']} by the time budget"
+    second = m["steps_done"] > m["stage1_steps"]
+    adversarial = ", and in the second part the adversarial loss" if second else ""
     return f"""# Distilling {m["teacher"]}
 
 {_table(m)}
@@ -324,7 +326,7 @@ Blur alone can raise it, so it says little without the rows above. Times: mappin
 
 Training: {m["stage1_steps"]} + {m["stage2_steps"]} steps{cut}; {m["train_s"]:.0f} s of {m["wall_s"]:.0f} s in
 all; seed {m["seed"]}.
-Losses: smooth L1 of feature map and final image, and in the second part the adversarial loss; perceptual
+Losses: smooth L1 of feature map and final image{adversarial}; perceptual
 loss: {m["perceptual_loss"]}. The toy's preset has none: VGG16 is costly on two cores, and no
 trained weights for it are shipped.
 

@@ -218,10 +218,11 @@ def require_same_device(op: str, **tensors: Tensor | None) -> None:
 def require_number(op: str, name: str, value) -> float:
     """A number, as a float."""
     try:
-        # A text is no number, though float() reads it.
-        return float(value) if hasattr(value, "__float__") else float(None)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{op}: {name} must be a number, got {value!r}") from None
+        if not isinstance(value, str | bytes):  # which float() would read
+            return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise ValueError(f"{op}: {name} must be a number, got {value!r}")
 
 
 def require_ints(op: str, name: str, value, counts: Sequence[int], at_least: int | None = None) -> list[int]:

@@ -149,7 +149,10 @@ def _backward(ctx, dy):
 
 def _vmap(info, in_dims, x, f, *args):
     if in_dims[1] is not None:
-        raise NotImplementedError("upfirdn2d: f must be the same for the whole vmap")
+        xs = [x] * info.batch_size if in_dims[0] is None else x.unbind(in_dims[0])
+        return torch.stack(
+            [_upfirdn2d(*both, *args) for both in zip(xs, f.unbind(in_dims[1]), strict=True)]
+        ), 0
     x = x.movedim(in_dims[0], 0)
     return _upfirdn2d(x.flatten(0, 1), f, *args).unflatten(0, x.shape[:2]), 0
 

@@ -242,23 +242,29 @@ def test_memory_of_the_kernel_is_bounded():
 
 @pytest.mark.parametrize("f, d, c", [(1, 1, 1), (7, 5, 3), (40, 17, 50), (64, 128, 64), (130, 70, 4)])
 def test_sizes_of_the_decoder(f, d, c, device, poisoned):
-    """Odd, small and large widths, and rays that don't fill a group."""
-    random = torch.Generator().manual_seed(1)
-    shapes = [(2, 3, f, 5, 4), (d, f), (d,), (1 + c, d), (1 + c,)]
-    scene = [torch.randn(s, generator=random) / s[-1] ** 0.5 for s in shapes]
-    _, arguments = small(torch.float32, rays=7, depth_resolution_importance=0, depth_resolution=13)
-    scene = [x.to(device).requires_grad_() for x in scene]
-    arguments[:2] = [x.to(device) for x in arguments[:2]]
-    got = render(scene, arguments)
-    grads = torch.autograd.grad(weighted(got), scene)
-    exact = [x.detach().double().requires_grad_() for x in scene]
-    doubled = [*(x.double() for x in arguments[:2]), arguments[2]]
-    with fastgen.backend("reference"):
-        same, want = render(scene, arguments), render(exact, doubled)
-        same_grads = torch.autograd.grad(weighted(same), scene)
-        exact_grads = torch.autograd.grad(weighted(want), exact)
-    for a, b, other in zip((*got, *grads), (*want, *exact_grads), (*same, *same_grads), strict=True):
-        assert_accurate(a, b, other)
+    """Odd, small and large widths, and rays that don't fill a group.
+
+    Eight scenes are held to the tolerance together: the gradient of b2 is a few sums that cancel, and where
+    in one scene the reference happens to be exact, that says nothing about another implementation.
+    """
+    found = []
+    for seed in range(8):
+        random = torch.Generator().manual_seed(seed)
+        shapes = [(2, 3, f, 5, 4), (d, f), (d,), (1 + c, d), (1 + c,)]
+        scene = [torch.randn(s, generator=random) / s[-1] ** 0.5 for s in shapes]
+        _, arguments = small(torch.float32, rays=7, depth_resolution_importance=0, depth_resolution=13)
+        scene = [x.to(device).requires_grad_() for x in scene]
+        arguments[:2] = [x.to(device) for x in arguments[:2]]
+        exact = [x.detach().double().requires_grad_() for x in scene]
+        doubled = [*(x.double() for x in arguments[:2]), arguments[2]]
+        three = [render(scene, arguments)]
+        with fastgen.backend("reference"):
+            three += [render(exact, doubled), render(scene, arguments)]
+        inputs = (scene, exact, scene)
+        grads = [torch.autograd.grad(weighted(out), x) for out, x in zip(three, inputs, strict=True)]
+        found.append([[*out, *grad] for out, grad in zip(three, grads, strict=True)])
+    for i, name in enumerate(("features", "depth", "weight", *SCENE)):
+        assert_accurate(*(torch.stack([scene[k][i] for scene in found]) for k in range(3)), what=name)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

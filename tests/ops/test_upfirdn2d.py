@@ -77,6 +77,15 @@ class TestUpfirdn2d(OpChecks):
         got = torch.func.vmap(lambda x: self.run(few, {"x": x, "f": f}), in_dims=1)(x.movedim(0, 1))
         torch.testing.assert_close(got, torch.stack([self.run(few, {"x": y, "f": f}) for y in x]))
 
+    @pytest.mark.parametrize("x_dim", [None, 1])
+    def test_vmap_over_filters(self, x_dim, device):
+        x = torch.randn(2, 3, 2, 5, 6, device=device)
+        x, f = x[:, 0] if x_dim is None else x, torch.randn(4, 2, 3, device=device)
+        got = torch.func.vmap(lambda x, f: ops.upfirdn2d(x, f, 2, padding=1), (x_dim, 2))(x, f)
+        xs = [x] * 3 if x_dim is None else x.unbind(x_dim)
+        want = [ops.upfirdn2d(x, f, 2, padding=1) for x, f in zip(xs, f.unbind(2), strict=True)]
+        torch.testing.assert_close(got, torch.stack(want))
+
 
 @pytest.mark.parametrize("name, factor", [("filter2d", 1), ("upsample2d", 2), ("downsample2d", 0.5)])
 def test_relatives_change_the_size_by_their_factor(name, factor):
