@@ -106,9 +106,12 @@ def _fresh(function: Callable) -> Callable:
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of outputs shaped like x: channels_last if x has just that, else contiguous."""
-    channels_last = (
-        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    )
+    try:
+        channels_last = (
+            x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        )
+    except RuntimeError:  # inside vmap PyTorch doesn't tell, and lays out the whole itself
+        channels_last = False
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
