@@ -59,6 +59,11 @@ def _load_library(backend: str):
         ) from error
 
 
+def compiled(backend: str) -> bool:
+    """Is the compiled library of this backend, cpu or cuda, loaded?"""
+    return backend in _libraries
+
+
 def _torch_version() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 

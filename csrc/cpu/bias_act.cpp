@@ -1,6 +1,6 @@
 // bias_act and its first two derivatives. Any dense layout: the channel of the element at memory position i
 // is (i / inner) % channels, where inner is the stride of the channel dimension.
-#include "activations.h"
+#include "activate.h"
 
 namespace fastgen {
 namespace {
@@ -12,8 +12,7 @@ struct Job {
   void* out;
   const void* bias;  // in the accumulating type: one number a channel, or a whole pattern; null for none
   int64_t inner, channels, pattern;
-  Activation act;
-  double alpha, gain, clamp;
+  Act act;
 };
 
 // `x` in the accumulating type: itself, or converted into `buffer`.
@@ -24,38 +23,6 @@ FASTGEN_INLINE const T* load(const S* x, T* buffer, int64_t n) {
   } else {
     for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(x[i]);
     return buffer;
-  }
-}
-
-template <Activation A, int order, class T>
-FASTGEN_INLINE void map(const T* v, const T* g, T* out, int64_t n, const Job& job) {
-  const T alpha = static_cast<T>(job.alpha), gain = static_cast<T>(job.gain),
-          clamp = static_cast<T>(job.clamp);
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = activate<A, order, T>(v[i], order ? g[i] : T(0), alpha, gain, clamp);
-}
-
-template <int order, class T>
-FASTGEN_INLINE void map_any(const T* v, const T* g, T* out, int64_t n, const Job& job) {
-  switch (job.act) {
-    case Activation::linear:
-      return map<Activation::linear, order>(v, g, out, n, job);
-    case Activation::relu:
-      return map<Activation::relu, order>(v, g, out, n, job);
-    case Activation::lrelu:
-      return map<Activation::lrelu, order>(v, g, out, n, job);
-    case Activation::tanh:
-      return map<Activation::tanh, order>(v, g, out, n, job);
-    case Activation::sigmoid:
-      return map<Activation::sigmoid, order>(v, g, out, n, job);
-    case Activation::elu:
-      return map<Activation::elu, order>(v, g, out, n, job);
-    case Activation::selu:
-      return map<Activation::selu, order>(v, g, out, n, job);
-    case Activation::softplus:
-      return map<Activation::softplus, order>(v, g, out, n, job);
-    case Activation::swish:
-      return map<Activation::swish, order>(v, g, out, n, job);
   }
 }
 
@@ -90,15 +57,15 @@ FASTGEN_INLINE void run(const Job& job, int64_t begin, int64_t end) {
     T* to = value_buffer;
     if constexpr (std::is_same_v<S, T>) to = out + i;
     if (!dy) {
-      map_any<0, T>(v, nullptr, to, n, job);
+      map_any<0, T>(v, nullptr, to, n, job.act);
     } else {
       const T* g = load<S, T>(dy + i, gradient_buffer, n);
       if (!ddx) {
-        map_any<1, T>(v, g, to, n, job);
+        map_any<1, T>(v, g, to, n, job.act);
       } else {
         const T* h = load<S, T>(ddx + i, second_buffer, n);
         for (int64_t j = 0; j < n; ++j) gradient_buffer[j] = g[j] * h[j];
-        map_any<2, T>(v, gradient_buffer, to, n, job);
+        map_any<2, T>(v, gradient_buffer, to, n, job.act);
       }
     }
     if constexpr (!std::is_same_v<S, T>) {
@@ -151,10 +118,7 @@ Tensor apply(const Tensor* ddx, const Tensor* dy, const Tensor& x, const std::op
           1,
           1,
           0,
-          activation_of(act),
-          alpha,
-          gain,
-          clamp};
+          {activation_of(act), alpha, gain, clamp}};
   dispatch("bias_act", x.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using T = accumulator_t<S>;

@@ -48,15 +48,15 @@ def define(
 
     fake:      shapes, strides and dtypes of the outputs; None for an op composed of differentiable ops.
     backward, setup_context, vmap: as in `torch.library.register_autograd` and `register_vmap`.
-    kernel:    what runs where no compiled kernel does, if something is faster than the reference when nothing
-               has to be recorded for autograd.
+    kernel:    what runs where no compiled kernel does, if something is faster than the reference: with a fake,
+               when nothing has to be recorded for autograd; without one, made of differentiable ops too.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.fastgen, name).default
     if fake is None:
         plain = reference
-        _library.impl(name, reference, "CompositeImplicitAutograd")
+        _library.impl(name, kernel or reference, "CompositeImplicitAutograd")
     else:
         plain = without_autocast(reference)
         _library.impl(name, _fresh(without_autocast(kernel or reference)), "CompositeExplicitAutograd")

@@ -38,29 +38,26 @@ def conv2d_resample_reference(
     kh, kw = w.shape[2:]
     pointwise, crops = kh == kw == 1, min(padding) < 0
     if up == down == 1:
-        return _convolve(x, w, padding, 1, groups, flip_weight)
+        return convolve(x, w, padding, 1, groups, flip_weight)
     if down == 1 and pointwise:
-        x = _convolve(x, w, [0] * 4, 1, groups, flip_weight)
+        x = convolve(x, w, [0] * 4, 1, groups, flip_weight)
         return upfirdn2d(x, f, up, 1, padding, flip_filter, up**2)
     if down == 1 and not crops:
         x = _convolve_up(x, w, up, groups, flip_weight)
-        x0, x1, y0, y1 = padding
-        padding = [x0 - kw + 1, x1 - kw + up, y0 - kh + 1, y1 - kh + up]
+        padding = padding_after_transposed(padding, kh, kw, up)
         return upfirdn2d(x, f, 1, 1, padding, flip_filter, up**2)
     if up == 1 and pointwise:
         x = upfirdn2d(x, f, 1, down, padding, flip_filter)
-        return _convolve(x, w, [0] * 4, 1, groups, flip_weight)
+        return convolve(x, w, [0] * 4, 1, groups, flip_weight)
     if up == 1 and not crops:
         x = upfirdn2d(x, f, 1, 1, padding, flip_filter)
-        return _convolve(x, w, [0] * 4, down, groups, flip_weight)
+        return convolve(x, w, [0] * 4, down, groups, flip_weight)
     x = upfirdn2d(x, f if up > 1 else None, up, 1, padding, flip_filter, up**2)
-    x = _convolve(x, w, [0] * 4, 1, groups, flip_weight)
+    x = convolve(x, w, [0] * 4, 1, groups, flip_weight)
     return upfirdn2d(x, f, 1, down, 0, flip_filter) if down > 1 else x
 
 
-def _convolve(
-    x: Tensor, w: Tensor, padding: list[int], stride: int, groups: int, flip_weight: bool
-) -> Tensor:
+def convolve(x: Tensor, w: Tensor, padding: list[int], stride: int, groups: int, flip_weight: bool) -> Tensor:
     if not flip_weight and w.shape[2:] != (1, 1):
         w = w.flip([2, 3])
     x0, x1, y0, y1 = padding
@@ -75,6 +72,25 @@ def _convolve_up(x: Tensor, w: Tensor, up: int, groups: int, flip_weight: bool) 
     # [O, I / groups, ...] to [I, O / groups, ...]
     w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     return F.conv_transpose2d(x, w, stride=up, groups=groups)
+
+
+def padding_after_transposed(padding: list[int], kh: int, kw: int, up: int) -> list[int]:
+    """What the filter pads the full transposed convolution by, to the same end as padding before it."""
+    x0, x1, y0, y1 = padding
+    return [x0 - kw + 1, x1 - kw + up, y0 - kh + 1, y1 - kh + up]
+
+
+def convolve_to_phases(x: Tensor, w: Tensor, flip_weight: bool) -> list[Tensor]:
+    """The transposed convolution by 2, in four phases: pixels of even or odd rows, and columns.
+
+    out[2 m + p] = sum_j x[m - j] w[2 j + p], so each is a convolution with its own part of the taps. One
+    transposed convolution, whose only phase is all, where its gradient is wanted.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+        return [_convolve_up(x, w, 2, 1, flip_weight)]
+    w = w.flip([2, 3]) if flip_weight else w
+    parts = [w[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    return [F.conv2d(x, p.flip([2, 3]), padding=(p.shape[2] - 1, p.shape[3] - 1)) for p in parts]
 
 
 _conv2d_resample = define(

@@ -15,11 +15,29 @@ sqrt(I kh kw) max|x|. Where an output needs channels that its styles make small,
 float16: so it multiplies in float32.
 """
 
+import torch
 from torch import Tensor
 
-from ._define import define, require, require_same_device, require_shape, require_tensor, wide
+from .._backends import compiled
+from ._define import (
+    define,
+    memory_format,
+    require,
+    require_same_device,
+    require_shape,
+    require_tensor,
+    wide,
+)
 from .bias_act import bias_act, check_act
-from .conv2d_resample import call_autocast, check_resample, conv2d_resample_reference
+from .conv2d_resample import (
+    call_autocast,
+    check_resample,
+    conv2d_resample_reference,
+    convolve,
+    convolve_to_phases,
+    padding_after_transposed,
+)
+from .filtered_bias_act import filtered_bias_act
 from .fma import fma
 
 
@@ -41,29 +59,16 @@ def modulated_conv2d_reference(
     clamp: float | None,
 ) -> Tensor:
     """modulated_conv2d of differentiable ops."""
-    taps = weight[0].numel()
-    dtype = wide(x).dtype
-    s, w, d, eps = styles.to(dtype), weight.to(dtype), None, 1e-8
-    if demodulate:
-        if x.dtype.itemsize == 2 and x.shape[0] > 0:
-            c = _largest(s.t(), [1])
-            w, s = w * c[:, None, None], s / c
-            a, b = _largest(w, [1, 2, 3]) * taps**0.5, _largest(s, [1])
-            w, s = w / a[:, None, None, None], s / b[:, None]
-            eps = eps / (b[:, None] * a).square()
-        d = (s.square() @ w.square().sum([2, 3]).t() + eps).rsqrt()
-
+    s, w, d, fold = _modulation(x, weight, styles, up, demodulate)
     resample = up, down, padding, 1, flip_weight, False
-    if x.shape[0] == 1 and taps * 2 <= x.shape[2] * x.shape[3] * up * up:
-        w = w * s[0, :, None, None]
-        w = w if d is None else w * d[0, :, None, None, None]
-        y, d = conv2d_resample_reference(x, w, resample_filter, *resample), None
+    if fold:
+        y, d = conv2d_resample_reference(x, _folded(w, s, d), resample_filter, *resample), None
     else:
         s = s.to(x.dtype)[:, :, None, None]
         y = conv2d_resample_reference(x * s, w, resample_filter, *resample)
 
     if d is not None:
-        y, d = y.to(dtype), d[:, :, None, None]
+        y, d = wide(y), d[:, :, None, None]
         y = (y * d if noise is None else fma(y, d, noise)).to(x.dtype)
     elif noise is not None:
         y = y + noise.to(x.dtype)
@@ -72,9 +77,64 @@ def modulated_conv2d_reference(
     return bias_act(y, None if bias is None else bias.to(y.dtype), 1, act, alpha, act_gain, clamp)
 
 
+def _modulation(x, weight, styles, up, demodulate) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """s [N, I], weight and d [N, O] (None: 1) in the accumulating dtype; should they become one weight?"""
+    taps = weight[0].numel()
+    dtype = wide(x).dtype
+    s, w, d, eps = styles.to(dtype), weight.to(dtype), None, 1e-8
+    if demodulate:
+        if x.dtype == torch.float16 and x.shape[0] > 0:
+            c = _largest(s.t(), [1])
+            w, s = w * c[:, None, None], s / c
+            a, b = _largest(w, [1, 2, 3]) * taps**0.5, _largest(s, [1])
+            w, s = w / a[:, None, None, None], s / b[:, None]
+            eps = eps / (b[:, None] * a).square()
+        d = (s.square() @ w.square().sum([2, 3]).t() + eps).rsqrt()
+    return s, w, d, x.shape[0] == 1 and taps * 2 <= x.shape[2] * x.shape[3] * up * up
+
+
+def _folded(w: Tensor, s: Tensor, d: Tensor | None) -> Tensor:
+    w = w * s[0, :, None, None]
+    return w if d is None else w * d[0, :, None, None, None]
+
+
 def _largest(x: Tensor, axes: list[int]) -> Tensor:
     """Of |x| along the axes, and never 0."""
     return x.detach().abs().amax(axes).clamp(min=1e-8)
+
+
+def _fused(
+    x, weight, styles, noise, up, down, padding, resample_filter, demodulate, flip_weight, bias, act, alpha,
+    act_gain, clamp,
+) -> Tensor:  # fmt: skip
+    """In memory [N, H, W, C], with one pass after the convolution, where that is compiled."""
+    kh, kw = weight.shape[2:]
+    transposed = up == 2 and min(*padding, kh - 2, kw - 2) >= 0
+    if not (x.device.type == "cpu" and compiled("cpu") and down == 1 and (up == 1 or transposed)):
+        return modulated_conv2d_reference(
+            x, weight, styles, noise, up, down, padding, resample_filter, demodulate, flip_weight, bias, act,
+            alpha, act_gain, clamp,
+        )  # fmt: skip
+    s, w, d, fold = _modulation(x, weight, styles, up, demodulate)
+    layout = memory_format(x)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if fold:
+        w, d = _folded(w, s, d), None
+    else:
+        x = x * s.to(x.dtype)[:, :, None, None]
+    w = w.to(x.dtype)
+    f, filter_padding = None, [0] * 4
+    if up == 1:
+        y = [convolve(x, w, padding, 1, 1, flip_weight)]
+    else:
+        y = convolve_to_phases(x, w, flip_weight)
+        f, filter_padding = resample_filter, padding_after_transposed(padding, kh, kw, up)
+    alpha, act_gain, clamp = check_act("modulated_conv2d", act, alpha, act_gain, clamp)
+    if noise is not None:
+        noise = wide(noise.to(x.dtype)).view((1,) * (4 - noise.ndim) + noise.shape)
+    b = None if bias is None else bias.to(x.dtype)
+    y = filtered_bias_act(y, f, filter_padding, False, float(up**2), d, noise, b, act, alpha, act_gain, clamp)
+    return y.contiguous(memory_format=layout)
 
 
 _modulated_conv2d = define(
@@ -82,6 +142,7 @@ _modulated_conv2d = define(
     " Tensor? resample_filter, bool demodulate, bool flip_weight, Tensor? bias, str act, float? alpha,"
     " float? act_gain, float? clamp) -> Tensor",
     reference=modulated_conv2d_reference,
+    kernel=_fused,
 )
 
 
