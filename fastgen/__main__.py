@@ -125,6 +125,8 @@ class Render:
     """Frames per second of the film."""
     camera: str = "auto"
     """Where to look from: 'auto' (what the file says), or the name of a preset, such as ffhq512."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the convolutions: 'auto' is float32, and float16 on a GPU where the checkpoint says so."""
     device: str = "auto"
     """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
 
@@ -144,7 +146,9 @@ class Render:
         from . import info, pictures
 
         device = info.find_device(self.device)
-        model = load_model(self.model).to(device)
+        model = load_model(self.model, None if self.dtype == "auto" else getattr(torch, self.dtype)).to(
+            device
+        )
         cameras = find_cameras(model, self.camera)
         for path, suffix in ((self.grid, ".png"), (self.image, ".png"), (self.orbit, ".mp4")):
             if path:
@@ -294,12 +298,12 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def load_model(path: str) -> torch.nn.Module:
-    """The teacher or the student of a file."""
+def load_model(path: str, dtype: torch.dtype | None) -> torch.nn.Module:
+    """The teacher or the student of a file, its convolutions in this dtype."""
     from . import checkpoint
 
-    header, _ = checkpoint.read(path)
-    return fastgen.load_student(path) if header["kind"] == "student" else fastgen.load_teacher(path)
+    student = checkpoint.read(path)[0]["kind"] == "student"
+    return (fastgen.load_student if student else fastgen.load_teacher)(path, dtype)
 
 
 def find_cameras(model: torch.nn.Module, name: str) -> CameraDistribution:

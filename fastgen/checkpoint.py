@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import ops
 from .camera import CameraDistribution
 from .eg3d_pickle import CheckpointError, from_pickle
-from .models.layers import FILTER
+from .models.layers import FILTER, compute_in
 
 # The class that a kind of file has as its G, or that is its D, and its module.
 CLASSES = {
@@ -175,22 +175,26 @@ def _build(path, header: dict, tensors: dict[str, Tensor], name: str) -> nn.Modu
     return module.eval().requires_grad_(False)
 
 
-def _load(path: str | Path, kind: str) -> nn.Module:
+def _load(path: str | Path, kind: str, dtype: torch.dtype | None) -> nn.Module:
     header, tensors = _read_kind(path, kind)
-    return _build(path, header, tensors, "G")
+    module = _build(path, header, tensors, "G")
+    compute_in(module, dtype)
+    return module
 
 
-def load_teacher(path: str | Path) -> nn.Module:
+def load_teacher(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The Teacher of a fastgen file, of an original EG3D pickle, or the embedded 'toy'; frozen, on the CPU.
 
+    dtype: of the convolutions' activations, such as torch.bfloat16 to be fast on a CPU that has it; weights,
+    styles and volume rendering stay float32. None: float32; float16 on a GPU where the checkpoint says so.
     `.camera` is the CameraDistribution of its data set, or None.
     """
-    return _load(path, "teacher")
+    return _load(path, "teacher", dtype)
 
 
-def load_student(path: str | Path) -> nn.Module:
-    """The Student of a fastgen file; frozen, on the CPU. `.camera` as with load_teacher."""
-    return _load(path, "student")
+def load_student(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The Student of a fastgen file; frozen, on the CPU. dtype and `.camera` as with load_teacher."""
+    return _load(path, "student", dtype)
 
 
 def load_discriminator(path: str | Path) -> nn.Module | None:

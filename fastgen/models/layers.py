@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._define import choice
 
 FILTER = (1, 3, 3, 1)
 NOISE_MODES = ("const", "random", "none")
@@ -186,14 +187,14 @@ class SynthesisLayer(nn.Module):
             noise = torch.randn(shape, device=x.device) * self.noise_strength
         return ops.modulated_conv2d(
             x,
-            self.weight.to(x.dtype),
-            self.affine(w).to(x.dtype),
-            noise=None if noise is None else noise.to(x.dtype),
+            self.weight,
+            self.affine(w),
+            noise=noise,
             up=self.up,
             padding=self.padding,
             resample_filter=self.resample_filter,
             flip_weight=self.up == 1,
-            bias=self.bias.to(x.dtype),
+            bias=self.bias,
             act="lrelu",
             clamp=self.conv_clamp,
         )
@@ -213,12 +214,7 @@ class ToRGBLayer(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:  # [N, I, H, W], [N, w_dim] -> [N, O, H, W]
         styles = self.affine(w) * self.weight_gain
         return ops.modulated_conv2d(
-            x,
-            self.weight.to(x.dtype),
-            styles.to(x.dtype),
-            demodulate=False,
-            bias=self.bias.to(x.dtype),
-            clamp=self.conv_clamp,
+            x, self.weight, styles, demodulate=False, bias=self.bias, clamp=self.conv_clamp
         )
 
 
@@ -226,8 +222,11 @@ class SynthesisBlock(nn.Module):
     """One resolution of the 'skip' generator: (conv0,) conv1, and toRGB added to the upsampled image.
 
     in_channels 0: the first block, which starts from a learned constant. `up` False keeps the input's size.
-    use_fp16: computes in float16 where the input is on a GPU; the image is summed in the weights' type.
+    Activations are of `compute_dtype` if that is set (see compute_in); else of float16 where use_fp16 is set
+    and the input is on a GPU. The image is summed in the weights' type.
     """
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -262,15 +261,17 @@ class SynthesisBlock(nn.Module):
         noise_mode: str = "random",
     ) -> tuple[Tensor, Tensor]:
         """Returns: x [N, C, H, W] and img [N, img_channels, H, W], H = W = resolution."""
-        dtype = torch.float16 if self.use_fp16 and ws.device.type == "cuda" else ws.dtype
+        half = torch.float16 if self.use_fp16 and ws.device.type == "cuda" else ws.dtype
+        dtype = self.compute_dtype or half
         w = ws.unbind(dim=1)
         if self.in_channels == 0:
-            x = self.const.to(dtype).unsqueeze(0).expand(ws.shape[0], -1, -1, -1)
-        if x.device.type == "cpu" and not torch.is_grad_enabled():
-            # What oneDNN's convolutions are fastest on.
+            x = self.const.unsqueeze(0).expand(ws.shape[0], -1, -1, -1)
+        x = x.to(dtype)
+        if x.device.type == "cpu" and choice() != "reference":
+            # What the convolutions are fastest on.
             x = x.contiguous(memory_format=torch.channels_last)
         if self.in_channels != 0:
-            x = self.conv0(x.to(dtype), w[0], noise_mode)
+            x = self.conv0(x, w[0], noise_mode)
         x = self.conv1(x, w[self.num_conv - 1], noise_mode)
         y = self.torgb(x, w[self.num_conv]).to(ws.dtype)
         if img is None:
@@ -278,6 +279,15 @@ class SynthesisBlock(nn.Module):
         if self.up:
             img = ops.upsample2d(img, self.resample_filter)
         return x, img + y
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Have all synthesis blocks of a model compute in this dtype; None: as each was made."""
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"dtype must be float32, bfloat16, float16, float64 or None, got {dtype!r}")
+    for module in model.modules():
+        if isinstance(module, SynthesisBlock):
+            module.compute_dtype = dtype
 
 
 class SynthesisNetwork(nn.Module):

@@ -48,8 +48,8 @@ def define(
 
     fake:      shapes, strides and dtypes of the outputs; None for an op composed of differentiable ops.
     backward, setup_context, vmap: as in `torch.library.register_autograd` and `register_vmap`.
-    kernel:    what runs where no compiled kernel does, if something is faster than the reference: with a fake,
-               when nothing has to be recorded for autograd; without one, made of differentiable ops too.
+    kernel:    what runs where no compiled kernel does, if something is faster than the reference when nothing
+               has to be recorded for autograd. Of an op without fake it is composed of other ops as well.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -57,7 +57,10 @@ def conv2d_resample_reference(
     return upfirdn2d(x, f, 1, down, 0, flip_filter) if down > 1 else x
 
 
-def convolve(x: Tensor, w: Tensor, padding: list[int], stride: int, groups: int, flip_weight: bool) -> Tensor:
+def convolve(
+    x: Tensor, w: Tensor, padding: list[int], stride: int = 1, groups: int = 1, flip_weight: bool = True
+) -> Tensor:
+    """torch's convolution with padding [x0, x1, y0, y1]; flip_weight as for conv2d_resample."""
     if not flip_weight and w.shape[2:] != (1, 1):
         w = w.flip([2, 3])
     x0, x1, y0, y1 = padding
@@ -80,17 +83,19 @@ def padding_after_transposed(padding: list[int], kh: int, kw: int, up: int) -> l
     return [x0 - kw + 1, x1 - kw + up, y0 - kh + 1, y1 - kh + up]
 
 
-def convolve_to_phases(x: Tensor, w: Tensor, flip_weight: bool) -> list[Tensor]:
-    """The transposed convolution by 2, in four phases: pixels of even or odd rows, and columns.
+def phases_of_weight(w: Tensor) -> list[Tensor]:
+    """The weights of a transposed convolution by 2 as four convolutions.
 
-    out[2 m + p] = sum_j x[m - j] w[2 j + p], so each is a convolution with its own part of the taps. One
-    transposed convolution, whose only phase is all, where its gradient is wanted.
+    out[2 m + p] = sum_j x[m - j] w[2 j + p]: every phase p, of rows and of columns, has its own taps.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
-        return [_convolve_up(x, w, 2, 1, flip_weight)]
-    w = w.flip([2, 3]) if flip_weight else w
-    parts = [w[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-    return [F.conv2d(x, p.flip([2, 3]), padding=(p.shape[2] - 1, p.shape[3] - 1)) for p in parts]
+    return [w[:, :, i::2, j::2].flip([2, 3]) for i in (0, 1) for j in (0, 1)]
+
+
+def convolve_transposed(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """The full transposed convolution by 2 with one weight [O, I, kh, kw], or its four phases with theirs."""
+    if len(weights) == 1:
+        return [F.conv_transpose2d(x, weights[0].transpose(0, 1), stride=2)]
+    return [F.conv2d(x, w, padding=(w.shape[2] - 1, w.shape[3] - 1)) for w in weights]
 
 
 _conv2d_resample = define(

@@ -6,9 +6,9 @@ For a gradient dy let g be bias_act's, that of t scale + noise + b. Then
 
     dt = g scale,  dscale = sum_hw g t,  dnoise = g,  db = sum_nhw g,  dx = upfirdn2d(dt) with f reversed.
 
-An image twice the size of a convolution's input comes as its four phases from it: x[2 i + j] are the pixels in
-rows 2 m + i and columns 2 m + j, so that nothing has to interleave them. The op is internal: modulated_conv2d
-runs on it where a kernel is compiled, in memory [N, H, W, C].
+An image may come as four phases, which nothing has to interleave then: x[2 i + j] are the pixels in rows
+2 m + i and columns 2 m + j. The op is internal: modulated_conv2d runs on it where a kernel is compiled, in
+memory [N, H, W, C].
 """
 
 import torch
@@ -136,7 +136,8 @@ def _backward_bwd(ctx, *second):
         dy, *x, scale, noise, b = inputs
         act = ctx.act, ctx.alpha, ctx.gain, ctx.clamp
         first = filtered_bias_act_bwd_reference(dy, x, f, *ctx.filter_args, scale, noise, b, *act)
-        first, second = zip(*[(d, dd) for d, dd in zip(first, second, strict=True) if d.requires_grad])
+        used = [i for i, d in enumerate(first) if d.requires_grad]
+        first, second = [first[i] for i in used], [second[i] for i in used]
         wanted = [x for x in inputs if x is not None]
         grads = torch.autograd.grad(first, wanted, second, create_graph=recorded, materialize_grads=True)
     grads = iter(grads)

@@ -34,8 +34,9 @@ from .conv2d_resample import (
     check_resample,
     conv2d_resample_reference,
     convolve,
-    convolve_to_phases,
+    convolve_transposed,
     padding_after_transposed,
+    phases_of_weight,
 )
 from .filtered_bias_act import filtered_bias_act
 from .fma import fma
@@ -90,7 +91,12 @@ def _modulation(x, weight, styles, up, demodulate) -> tuple[Tensor, Tensor, Tens
             w, s = w / a[:, None, None, None], s / b[:, None]
             eps = eps / (b[:, None] * a).square()
         d = (s.square() @ w.square().sum([2, 3]).t() + eps).rsqrt()
-    return s, w, d, x.shape[0] == 1 and taps * 2 <= x.shape[2] * x.shape[3] * up * up
+    return s, w, d, _folds(x, weight, up)
+
+
+def _folds(x: Tensor, weight: Tensor, up: int) -> bool:
+    """Is it cheaper to scale the weight than what comes in and out?"""
+    return x.shape[0] == 1 and weight[0].numel() * 2 <= x.shape[2] * x.shape[3] * up * up
 
 
 def _folded(w: Tensor, s: Tensor, d: Tensor | None) -> Tensor:
@@ -101,6 +107,31 @@ def _folded(w: Tensor, s: Tensor, d: Tensor | None) -> Tensor:
 def _largest(x: Tensor, axes: list[int]) -> Tensor:
     """Of |x| along the axes, and never 0."""
     return x.detach().abs().amax(axes).clamp(min=1e-8)
+
+
+def folded_weight_reference(
+    weight: Tensor,  # [O, I, kh, kw]
+    styles: Tensor,  # [1, I]
+    demodulate: bool,
+    flip: bool,
+    phases: bool,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """The one sample's weight with styles and d in it: whole, or as phases_of_weight takes it apart."""
+    s, w, d, _ = _modulation(weight.new_empty(1, 1, 1, 1), weight, styles, 1, demodulate)
+    w = _folded(w, s, d).to(dtype)
+    w = w.flip([2, 3]) if flip else w
+    return [p.contiguous() for p in (phases_of_weight(w) if phases else [w])]
+
+
+_folded_weight = define(
+    "folded_weight(Tensor weight, Tensor styles, bool demodulate, bool flip, bool phases, ScalarType dtype)"
+    " -> Tensor[]",
+    reference=folded_weight_reference,
+    fake=lambda weight, styles, demodulate, flip, phases, dtype: [
+        p.new_empty(p.shape, dtype=dtype) for p in (phases_of_weight(weight) if phases else [weight])
+    ],
+)
 
 
 def _fused(
@@ -115,25 +146,34 @@ def _fused(
             x, weight, styles, noise, up, down, padding, resample_filter, demodulate, flip_weight, bias, act,
             alpha, act_gain, clamp,
         )  # fmt: skip
-    s, w, d, fold = _modulation(x, weight, styles, up, demodulate)
     layout = memory_format(x)
     x = x.contiguous(memory_format=torch.channels_last)
-    if fold:
-        w, d = _folded(w, s, d), None
+    records = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, styles))
+    flip = flip_weight == (up > 1)
+    if x.shape[0] == 1 and weight.dtype == torch.float32 and x.dtype != torch.float64 and not records:
+        d = None
+        weights = _folded_weight(weight, styles, demodulate, flip, up > 1, x.dtype)
     else:
-        x = x * s.to(x.dtype)[:, :, None, None]
-    w = w.to(x.dtype)
-    f, filter_padding = None, [0] * 4
+        s, w, d, fold = _modulation(x, weight, styles, up, demodulate)
+        if fold:
+            w, d = _folded(w, s, d), None
+        else:
+            x = x * s.to(x.dtype)[:, :, None, None]
+        w = w.to(x.dtype)
+        w = w.flip([2, 3]) if flip and (kh > 1 or kw > 1) else w
+        weights = [w] if up == 1 or records else phases_of_weight(w)
     if up == 1:
-        y = [convolve(x, w, padding, 1, 1, flip_weight)]
+        y = [convolve(x, *weights, padding)]
+        f, filter_padding = None, [0] * 4
     else:
-        y = convolve_to_phases(x, w, flip_weight)
+        y = convolve_transposed(x, weights)
         f, filter_padding = resample_filter, padding_after_transposed(padding, kh, kw, up)
     alpha, act_gain, clamp = check_act("modulated_conv2d", act, alpha, act_gain, clamp)
     if noise is not None:
-        noise = wide(noise.to(x.dtype)).view((1,) * (4 - noise.ndim) + noise.shape)
-    b = None if bias is None else bias.to(x.dtype)
-    y = filtered_bias_act(y, f, filter_padding, False, float(up**2), d, noise, b, act, alpha, act_gain, clamp)
+        noise = noise.to(wide(x).dtype).view((1,) * (4 - noise.ndim) + noise.shape)
+    y = filtered_bias_act(
+        y, f, filter_padding, False, float(up**2), d, noise, bias, act, alpha, act_gain, clamp
+    )
     return y.contiguous(memory_format=layout)
 
 

@@ -1,0 +1,111 @@
+// One sample's weight of a modulated convolution: styles and demodulation folded in, taps in the order that
+// the convolution wants them, in its dtype. Each output's taps are read twice, the second time from cache.
+#include <cmath>
+
+#include "common.h"
+
+namespace fastgen {
+namespace {
+
+struct Job {
+  const void* weight;         // [O, taps], taps counting inputs too
+  std::vector<float> styles;  // [taps]
+  std::vector<void*> parts;   // [O, inputs, taps of the part]
+  std::vector<std::vector<int64_t>> taps;
+  int64_t inputs, kernel;
+  bool demodulate;
+};
+
+template <class S>
+FASTGEN_INLINE void fold_rows(const Job& job, int64_t begin, int64_t end) {
+  const int64_t taps = job.inputs * job.kernel;
+  std::vector<float> scaled(taps);
+  for (int64_t o = begin; o < end; ++o) {
+    const float* w = static_cast<const float*>(job.weight) + o * taps;
+    constexpr int64_t lanes = 32;
+    float squares[lanes] = {};
+    for (int64_t i = 0; i < taps; ++i) scaled[i] = w[i] * job.styles[i];
+    int64_t i = 0;
+    for (; i + lanes <= taps; i += lanes) {
+      for (int64_t k = 0; k < lanes; ++k) squares[k] += scaled[i + k] * scaled[i + k];
+    }
+    for (; i < taps; ++i) squares[0] += scaled[i] * scaled[i];
+    float d = 1;
+    if (job.demodulate) {
+      double sum = 0;
+      for (float square : squares) sum += square;
+      d = static_cast<float>(1 / std::sqrt(sum + 1e-8));
+    }
+    for (size_t p = 0; p < job.parts.size(); ++p) {
+      const std::vector<int64_t>& of = job.taps[p];
+      const int64_t n = static_cast<int64_t>(of.size());
+      S* to = static_cast<S*>(job.parts[p]) + o * job.inputs * n;
+      if (n == job.kernel && of[0] == 0) {
+        for (int64_t j = 0; j < taps; ++j) to[j] = static_cast<S>(scaled[j] * d);
+        continue;
+      }
+      for (int64_t k = 0; k < n; ++k) {
+        const float* from = scaled.data() + of[k];
+        for (int64_t c = 0; c < job.inputs; ++c) to[c * n + k] = static_cast<S>(from[c * job.kernel] * d);
+      }
+    }
+  }
+}
+
+#define FASTGEN_FOR(S)                                                           \
+  FASTGEN_SIMD static void fold(S, const Job& job, int64_t begin, int64_t end) { \
+    fold_rows<S>(job, begin, end);                                               \
+  }
+FASTGEN_FOR(float)
+FASTGEN_FOR(BFloat16)
+FASTGEN_FOR(Half)
+#undef FASTGEN_FOR
+
+std::vector<Tensor> folded_weight_cpu(const Tensor& weight, const Tensor& styles, bool demodulate, bool flip,
+                                      bool phases, ScalarType dtype) {
+  const char* op = "folded_weight";
+  FASTGEN_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, op,
+                ": weight must be float32 [O, I, kh, kw]");
+  const int64_t O = weight.size(0), I = weight.size(1), kh = weight.size(2), kw = weight.size(3);
+  FASTGEN_CHECK(styles.dim() == 2 && styles.size(0) == 1 && styles.size(1) == I, op,
+                ": styles must have shape [1, I=", I, "]");
+  FASTGEN_CHECK(!phases || (kh > 1 && kw > 1), op, ": phases need a kernel of 2 x 2 or more");
+  const Tensor dense = torch::stable::contiguous(weight);
+  Job job{dense.const_data_ptr(), {}, {}, {}, I, kh * kw, demodulate};
+  for (float style : host_vector<float>(op, styles)) job.styles.insert(job.styles.end(), kh * kw, style);
+
+  // A phase of the transposed convolution has every second tap; a convolution has them in reverse.
+  const int64_t step = phases ? 2 : 1;
+  std::vector<Tensor> parts;
+  for (int64_t i = 0; i < step; ++i) {
+    for (int64_t j = 0; j < step; ++j) {
+      std::vector<int64_t> taps;
+      for (int64_t y = i; y < kh; y += step) {
+        for (int64_t x = j; x < kw; x += step)
+          taps.push_back(flip ? (kh - 1 - y) * kw + kw - 1 - x : y * kw + x);
+      }
+      if (phases) std::reverse(taps.begin(), taps.end());
+      parts.push_back(torch::stable::empty({O, I, ceil_div(kh - i, step), ceil_div(kw - j, step)}, dtype,
+                                           std::nullopt, weight.device()));
+      job.parts.push_back(parts.back().mutable_data_ptr());
+      job.taps.push_back(std::move(taps));
+    }
+  }
+  dispatch(op, dtype, [&](auto zero) {
+    using S = decltype(zero);
+    if constexpr (std::is_same_v<S, double>) {
+      FASTGEN_CHECK(false, op, ": dtype must be float32, bfloat16 or float16");
+    } else {
+      parallel_for(O, 2 * I * kh * kw, [&](int64_t begin, int64_t end) { fold(zero, job, begin, end); });
+    }
+  });
+  return parts;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  m.impl("folded_weight", TORCH_BOX(&folded_weight_cpu));
+}
+
+}  // namespace fastgen
