@@ -17,8 +17,9 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	mkdir -p "$(OUT)"
-	$(BIN)/python -m pytest benchmarks --benchmark-json="$(OUT)/bench.json"
-	$(BIN)/python benchmarks/report.py "$(OUT)/bench.json"
+	for memory in kept returned; do \
+	  $(BIN)/python -m pytest benchmarks --memory=$$memory --benchmark-json="$(OUT)/$$memory.json"; done
+	$(BIN)/python benchmarks/report.py "$(OUT)/kept.json" "$(OUT)/returned.json"
 
 # What needs a CUDA device: it wants nvcc, and, where make install has not run, PYTHON with the dependencies,
 # pytest, pytest-benchmark and ninja. No network.

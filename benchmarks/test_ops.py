@@ -1,103 +1,94 @@
-"""upfirdn2d and bias_act at the shapes of EG3D's largest layers, beside plain PyTorch and its compilation.
+"""The ops at the shapes of EG3D's largest layers, beside plain PyTorch and its compilation.
 
 Every case first compares its result with the reference in float64; a wrong result is not timed. A row says
 how many bytes the op has to move at least (each input and output once) and how many FLOP it takes.
 """
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import DEVICE, DTYPES, ROUTES, on_route
 
-import fastgen
 from fastgen import ops
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# On two cores a third of the channels says the same in a third of the time.
-CHANNELS = 128 if DEVICE == "cuda" or os.environ.get("FASTGEN_BENCH_FULL") else 32
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+F4 = ops.setup_filter([1, 3, 3, 1])
 
 
 @dataclass(frozen=True)
 class Case:
+    """run(x, b, f, w, s): an image x [1, channels, size, size], and what else it needs."""
+
     name: str
+    channels: int
     size: int
-    run: object  # (x, f, b) -> result
+    run: Callable
     flop: float  # for each element of the result
+    outputs: int = 0  # of the 3x3 weight; 0: none
+
+
+def modulated(up: int):
+    def run(x, b, f, w, s):
+        noise = torch.ones(x.shape[2] * up, x.shape[3] * up, dtype=x.dtype, device=x.device)
+        return ops.modulated_conv2d(
+            x, w, s, noise, up=up, padding=1, resample_filter=f, flip_weight=up == 1, bias=b, act="lrelu"
+        )
+
+    return run
 
 
 CASES = [
-    Case("upsample2d", 256, lambda x, f, b: ops.upsample2d(x, f), 8),
-    Case("downsample2d", 512, lambda x, f, b: ops.downsample2d(x, f), 32),
-    Case("filter2d", 512, lambda x, f, b: ops.filter2d(x, f), 32),
-    Case("bias_act_lrelu_clamp", 512, lambda x, f, b: ops.bias_act(x, b, act="lrelu", clamp=256), 5),
-    Case("bias_act_swish", 512, lambda x, f, b: ops.bias_act(x, b, act="swish"), 12),
+    Case("upsample2d", 128, 256, lambda x, b, f, w, s: ops.upsample2d(x, f), 8),
+    Case("downsample2d", 128, 512, lambda x, b, f, w, s: ops.downsample2d(x, f), 32),
+    Case("filter2d", 128, 512, lambda x, b, f, w, s: ops.filter2d(x, f), 32),
+    Case(
+        "bias_act_lrelu_clamp",
+        128,
+        512,
+        lambda x, b, f, w, s: ops.bias_act(x, b, act="lrelu", clamp=256),
+        5,
+    ),
+    Case("bias_act_swish", 128, 512, lambda x, b, f, w, s: ops.bias_act(x, b, act="swish"), 12),
+    Case("modulated_conv2d_up2", 256, 256, modulated(2), 2 * 256 * 9 / 4, 128),
+    Case("modulated_conv2d", 128, 512, modulated(1), 2 * 128 * 9, 128),
 ]
 
 
-def plain(case: Case):
-    def run(*args):
-        with fastgen.backend("reference"):
-            return case.run(*args)
-
-    return run
-
-
-def compiled(case: Case):
-    torch.compiler.reset()  # nothing that an earlier case compiled, no more general shapes because of it
-    function = torch.compile(case.run, fullgraph=True, dynamic=False)
-
-    def run(*args):
-        with fastgen.backend("reference"):
-            return function(*args)
-
-    return run
-
-
-ROUTES = {"fastgen": lambda case: case.run, "pytorch": plain, "torch.compile": compiled}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def keep_memory():
-    fastgen.keep_memory()
-
-
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @torch.no_grad()
-def test_op(benchmark, case, dtype, layout, route):
+def test_op(measure, case, dtype, layout, route):
     torch.manual_seed(0)
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x = torch.randn(1, CHANNELS, case.size, case.size, dtype=DTYPES[dtype], device=DEVICE)
-    x = x.contiguous(memory_format=memory_format)
-    b = torch.randn(CHANNELS, dtype=DTYPES[dtype], device=DEVICE)
-    f = ops.setup_filter([1, 3, 3, 1], device=DEVICE)
-    run = ROUTES[route](case)
+    kind = DTYPES[dtype]
 
-    small = x[:, :8, :64, :64].contiguous(memory_format=memory_format)
-    got = run(small, f, b[:8])
-    exact = plain(case)(small.double(), f.double(), b[:8].double())
-    eps = torch.finfo(DTYPES[dtype]).eps
-    assert (got.double() - exact).abs().max() <= 4 * eps * exact.abs().max(), "wrong result, not timed"
+    def inputs(channels, outputs, size):
+        x = torch.randn(1, channels, size, size, device=DEVICE).to(kind, memory_format=LAYOUTS[layout])
+        w, s = torch.randn(max(1, outputs), channels, 3, 3), torch.randn(1, channels) + 1
+        return x, *(t.to(DEVICE, kind) for t in (torch.randn(outputs or channels), F4, w, s))
 
-    def timed():
-        run(x, f, b)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+    run = on_route(route, case.run)
+    small = inputs(8, 8 if case.outputs else 0, 64)
+    exact = on_route("pytorch", case.run)(*(t.double() for t in small))
+    same = on_route("pytorch", case.run)(*small)
+    eps = torch.finfo(kind).eps
+    allowed = 4 * eps * exact.abs().max() + 2 * (same.double() - exact).abs().max()
+    assert (run(*small).double() - exact).abs().max() <= allowed, "wrong result, not timed"
 
-    result = run(x, f, b)
-    benchmark.extra_info.update(
+    full = inputs(case.channels, case.outputs, case.size)
+    result = run(*full)
+    weights = full[3].nbytes if case.outputs else 0
+    measure(
+        lambda: run(*full),
+        7,
         op=case.name,
-        shape="x".join(map(str, x.shape)),
+        shape="x".join(map(str, full[0].shape)) + (f" to {case.outputs}" if case.outputs else ""),
         dtype=dtype,
         layout=layout,
         route=route,
-        device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        threads=torch.get_num_threads(),
-        bytes=x.nbytes + result.nbytes,
+        bytes=full[0].nbytes + result.nbytes + weights,
         flop=case.flop * result.numel(),
     )
-    benchmark.pedantic(timed, rounds=20 if DEVICE == "cuda" else 7, warmup_rounds=2)

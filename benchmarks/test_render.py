@@ -1,55 +1,48 @@
-"""render_triplane at EG3D's size, 128 x 128 rays of 48 + 48 samples, beside plain and compiled PyTorch.
+"""render_triplane at EG3D's size, 128 x 128 rays of 48 + 48 samples, and how its cost grows.
 
-Plain is the composed reference, which holds all samples in memory. A row counts the FLOP of the decoder, for
-gradients three times, since it is evaluated again, and as bytes the planes, rays and results.
+Plain PyTorch is the composed reference, which holds all samples in memory. A row counts the FLOP of the
+decoder, for gradients three times, since it is evaluated again, and as bytes the planes, rays and results.
 """
 
 import pytest
 import torch
-from test_ops import DEVICE, DTYPES, keep_memory  # noqa: F401  (a fixture of every module)
+from conftest import DEVICE, DTYPES, ROUTES, on_route
 
-import fastgen
 from fastgen import camera, ops, presets
 
 SIDE, SAMPLES, F, D, C = 128, 48, 32, 64, 32
-OPTIONS = {
-    "depth_resolution": SAMPLES,
-    "depth_resolution_importance": SAMPLES,
-    "ray_start": 2.25,
-    "ray_end": 3.3,
-    "box_warp": 1,
-}
 
 
-def scene(dtype):
+def scene(dtype, batch=1):
     random = torch.Generator().manual_seed(0)
-    shapes = [(1, 3, F, 256, 256), (D, F), (D,), (1 + C, D), (1 + C,)]
+    shapes = [(batch, 3, F, 256, 256), (D, F), (D,), (1 + C, D), (1 + C,)]
     return [(torch.randn(s, generator=random) / s[-1] ** (len(s) == 2)).to(DEVICE, dtype) for s in shapes]
 
 
-def render(tensors, rays):
-    return ops.render_triplane(tensors[0], tensors[1:], *rays, OPTIONS).features
+def render(tensors, rays, samples=SAMPLES):
+    options = {
+        "depth_resolution": samples,
+        "depth_resolution_importance": samples,
+        "ray_start": 2.25,
+        "ray_end": 3.3,
+        "box_warp": 1,
+    }
+    return ops.render_triplane(tensors[0], tensors[1:], *rays, options).features
 
 
-def plain(tensors, rays):
-    with fastgen.backend("reference"):
-        return render(tensors, rays)
+def cameras(side, batch=1):
+    return camera.rays(presets.get("ffhq512").camera.front().expand(batch, 25).to(DEVICE), side)
 
 
-@pytest.mark.parametrize("route", ["fastgen", "pytorch", "torch.compile"])
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_render(benchmark, direction, dtype, route):
-    tensors = scene(DTYPES[dtype])
-    label = presets.get("ffhq512").camera.front().to(DEVICE)
-    rays, few = camera.rays(label, SIDE), camera.rays(label, 16)
-    run = {"fastgen": render, "pytorch": plain, "torch.compile": plain}[route]
-    if route == "torch.compile":
-        torch.compiler.reset()
-        run = torch.compile(plain, dynamic=False)
+def test_render(measure, direction, dtype, route):
+    tensors, rays, few = scene(DTYPES[dtype]), cameras(SIDE), cameras(16)
+    run = on_route(route, render)
     with torch.no_grad():
         # Depths by importance follow rounding: to a hundredth, as between two correct implementations.
-        exact = plain([x.double() for x in tensors], [x.double() for x in few])
+        exact = on_route("pytorch", render)([x.double() for x in tensors], [x.double() for x in few])
         error = (run(tensors, few).double() - exact).abs().max()
         assert error <= 1e-2 * exact.abs().max(), "wrong result, not timed"
 
@@ -65,19 +58,31 @@ def test_render(benchmark, direction, dtype, route):
         else:
             with torch.no_grad():
                 run(tensors, rays)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
 
-    planes = tensors[0].nbytes
-    benchmark.extra_info.update(
+    measure(
+        timed,
+        5,
         op=f"render_triplane_{direction}",
         shape=f"{SIDE}x{SIDE}x{SAMPLES}+{SAMPLES}",
         dtype=dtype,
-        layout="contiguous",
         route=route,
-        device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        threads=torch.get_num_threads(),
-        bytes=(1 + backward) * (planes + features.nbytes) + 6 * 4 * SIDE**2,
+        bytes=(1 + backward) * (tensors[0].nbytes + features.nbytes) + 6 * 4 * SIDE**2,
         flop=2 * SIDE**2 * 2 * SAMPLES * D * (F + 1 + C) * (3 if backward else 1),
     )
-    benchmark.pedantic(timed, rounds=20 if DEVICE == "cuda" else 5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("batch, side, samples", [(1, 64, 24), (1, 128, 24), (1, 64, 96), (4, 64, 24)])
+@torch.no_grad()
+def test_cost_is_linear(measure, batch, side, samples):
+    # Four times the rays, the samples or the batch: four times the time, in the table.
+    tensors, rays = scene(torch.float32, batch), cameras(side, batch)
+    measure(
+        lambda: render(tensors, rays, samples),
+        7,
+        op="render_triplane_cost",
+        shape=f"{batch}x{side}x{side}x{samples}+{samples}",
+        dtype="float32",
+        route="fastgen",
+        bytes=tensors[0].nbytes + batch * side**2 * 4 * (C + 6),
+        flop=2 * batch * side**2 * 2 * samples * D * (F + 1 + C),
+    )

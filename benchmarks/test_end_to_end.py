@@ -1,0 +1,109 @@
+"""Whole images and a whole training step, at full size with random weights.
+
+FLOP are counted by PyTorch on the plain route, where the renderer's matrix products are in sight. The plain
+route of a step is plain in the teacher, the student and their gradients.
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import DEVICE, DTYPES, ROUTES, on_route
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgen import presets
+from fastgen.models.layers import compute_in
+from fastgen.models.student import Student
+from fastgen.models.teacher import Teacher
+from fastgen.train.data import render_targets
+from fastgen.train.losses import reconstruction_terms
+
+STUDENTS = {"student": "full", "student_compact": "compact"}
+_flop: dict[str, int] = {}
+
+
+def models(preset: str):
+    torch.manual_seed(0)
+    teacher = Teacher(**presets.get(preset).teacher).to(DEVICE).eval().requires_grad_(False)
+    return teacher, presets.get(preset).camera.front().to(DEVICE)
+
+
+def flop(name: str, function) -> int:
+    """Of a call on the plain route; counted once."""
+    if name not in _flop:
+        with FlopCounterMode(display=False) as counter:
+            on_route("pytorch", function)()
+        _flop[name] = counter.get_total_flops()
+    return _flop[name]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", ["teacher", *STUDENTS])
+@torch.no_grad()
+def test_image(measure, model, dtype, route):
+    generator, label = models("ffhq512")
+    if model in STUDENTS:
+        generator = Student.from_teacher(generator, STUDENTS[model]).to(DEVICE).eval()
+    ws = generator.mapping(torch.randn(1, generator.z_dim, device=DEVICE), label)
+
+    def image():
+        return generator.synthesis(ws, label)["image"]
+
+    count = flop(model, image)
+    exact = on_route("pytorch", image)()
+    compute_in(generator, DTYPES[dtype])
+    run = on_route(route, image)
+    error = (run() - exact).square().mean().sqrt() / exact.std()
+    assert error < (1e-3 if dtype == "float32" else 2e-2), "wrong result, not timed"
+    parameters = sum(p.numel() for p in generator.parameters()) * DTYPES[dtype].itemsize
+    measure(
+        run,
+        5,
+        op=f"image_{model}",
+        shape="x".join(map(str, exact.shape)),
+        dtype=dtype,
+        route=route,
+        bytes=parameters + exact.nbytes,
+        flop=count,
+    )
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_training_step(measure, route):
+    """Stage 1 of the shapenetcars128 preset, batch 2: targets, student, losses, gradients, Adam."""
+    teacher, label = models("shapenetcars128")
+    student = Student.from_teacher(teacher).to(DEVICE)
+    optimiser = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    ws = teacher.mapping(torch.randn(2, teacher.z_dim, device=DEVICE), label.expand(2, 25))
+    c = label.expand(2, 25).contiguous()
+
+    def losses():
+        with torch.no_grad():
+            target = render_targets(teacher, ws, c)
+        fake = student.render(ws, c)
+        fake["image"] = student.super_resolve(fake["feature_image"], ws)
+        return sum(reconstruction_terms(fake, target, None).values())
+
+    def step(run):
+        optimiser.zero_grad(set_to_none=True)
+        loss = run()
+        loss.backward()
+        optimiser.step()
+        return loss
+
+    count = flop("step", lambda: step(losses))
+    forward = on_route(route, losses)
+    whole = on_route("pytorch", lambda: step(losses)) if route == "pytorch" else lambda: step(forward)
+    assert math.isfinite(whole())
+    parameters = sum(p.numel() for p in [*teacher.parameters(), *student.parameters()])
+    measure(
+        whole,
+        5,
+        op="training_step",
+        shape="shapenetcars128, batch 2",
+        dtype="float32",
+        route=route,
+        bytes=parameters * 4,
+        flop=count,
+    )
