@@ -242,6 +242,15 @@ def test_render_takes_the_poses_of_a_preset(files, tmp_path):
     assert not np.array_equal(picture(paths[0]), np.asarray(Image.open(paths[1])))
 
 
+def test_render_in_bfloat16(files, tmp_path):
+    paths = [tmp_path / "float32.png", tmp_path / "bfloat16.png"]
+    for path in paths:
+        arguments = ["--model", str(files["student.safetensors"]), "--seeds", "1", "--dtype", path.stem]
+        assert main(["render", *arguments, "--image", str(path)]) == 0
+    full, short = (picture(path).astype(int) for path in paths)
+    assert 0 < abs(full - short).max() < 32
+
+
 def test_seeds():
     assert parse_seeds("0-3,7") == [0, 1, 2, 3, 7]
     assert parse_seeds("5, 2-2,5") == [5, 2]
