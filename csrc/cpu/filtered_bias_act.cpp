@@ -4,6 +4,7 @@
 // shifts by whole pixels, so everything is sums of rows of numbers.
 #include "activate.h"
 #include "fir.h"
+#include "workspace.h"
 
 namespace fastgen {
 namespace {
@@ -244,7 +245,7 @@ Gradients apply(const Tensor* dy, const Parameters& p) {
   FASTGEN_CHECK(job.out_w > 0 && job.out_h > 0, op, ": x, padded, must be at least as large as f");
   job.act = p.act;
 
-  Tensor out = empty(x, {N, C, job.out_h, job.out_w}, MemoryFormat::ChannelsLast);
+  Tensor out = workspace::empty(x, {N, C, job.out_h, job.out_w}, MemoryFormat::ChannelsLast);
   Tensor d_scale = out, d_noise = out, d_bias = out;
   dispatch(op, x.scalar_type(), [&](auto zero) {
     using T = accumulator_t<decltype(zero)>;

@@ -3,9 +3,8 @@
 #pragma once
 #include <cmath>
 #include <memory>
-#include <new>
 
-#include "common.h"
+#include "workspace.h"
 
 namespace fastgen {
 
@@ -50,12 +49,11 @@ class Buffer {
   T& operator[](int64_t i) const { return values_.get()[i]; }
 
  private:
-  static constexpr std::align_val_t line{64};
   static T* allocate(int64_t n) {
-    return static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), line));
+    return static_cast<T*>(workspace::take(std::max<int64_t>(n, 1) * sizeof(T)));
   }
   struct Free {
-    void operator()(T* p) const { ::operator delete(p, line); }
+    void operator()(T* p) const { workspace::give(p); }
   };
   std::unique_ptr<T, Free> values_;
 };
