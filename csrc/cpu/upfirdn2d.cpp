@@ -3,10 +3,9 @@
 // at once: the weighted input rows are summed into a padded row (a separable filter needs one, any other
 // filter one per filter row), and the taps along x run over that. In memory [N, H, W, C] the innermost loop
 // is over channels.
-#include <cmath>
 #include <numeric>
 
-#include "common.h"
+#include "fir.h"
 
 namespace fastgen {
 namespace {
@@ -30,49 +29,6 @@ struct Axis {
   }
   int64_t outputs(int64_t phase) const { return ceil_div(out - phase, static_cast<int64_t>(phases.size())); }
 };
-
-template <class T>
-struct Filter {
-  int64_t rows = 1, columns = 1;
-  std::vector<T> y;  // separable: weights along y and x; otherwise empty, and x holds the whole filter
-  std::vector<T> x;
-};
-
-// As a correlation, with the gain in it. A filter of rank one is taken apart if that is exact to rounding.
-template <class T>
-Filter<T> read_filter(const std::optional<Tensor>& f, bool flip, double gain) {
-  Filter<T> filter;
-  if (!f) {
-    filter.y = {T(1)};
-    filter.x = {static_cast<T>(gain)};
-    return filter;
-  }
-  std::vector<double> taps = host_vector<double>("upfirdn2d", *f);
-  if (!flip) std::reverse(taps.begin(), taps.end());
-  const int64_t columns = f->size(f->dim() - 1), rows = f->dim() == 1 ? columns : f->size(0);
-  filter.rows = rows;
-  filter.columns = columns;
-  std::vector<double> x(taps), y(taps);
-  bool separable = f->dim() == 1;
-  if (!separable) {
-    const auto magnitude = [](double a, double b) { return std::abs(a) < std::abs(b); };
-    const int64_t top = std::max_element(taps.begin(), taps.end(), magnitude) - taps.begin();
-    const double largest = taps[top];
-    x.assign(taps.begin() + top / columns * columns, taps.begin() + (top / columns + 1) * columns);
-    y.resize(rows);
-    for (int64_t i = 0; i < rows; ++i) y[i] = largest != 0 ? taps[i * columns + top % columns] / largest : 0;
-    separable = true;
-    const double tolerance =
-        f->scalar_type() == ScalarType::Double ? 1e-16 : 6e-8;  // half a unit of rounding
-    for (int64_t i = 0; i < rows * columns; ++i) {
-      separable &= std::abs(taps[i] - y[i / columns] * x[i % columns]) <= tolerance * std::abs(largest);
-    }
-  }
-  if (!separable) x = taps;
-  for (double tap : x) filter.x.push_back(static_cast<T>(tap * gain));
-  if (separable) filter.y.assign(y.begin(), y.end());
-  return filter;
-}
 
 struct Job {
   const void* x;
@@ -306,7 +262,7 @@ Tensor upfirdn2d_cpu(const Tensor& x, const std::optional<Tensor>& f, const std:
   const Axis ax(out_w, up[0], down[0], padding[0], columns), ay(out_h, up[1], down[1], padding[2], rows);
   const int64_t images = channels_last ? N : N * C, channels = channels_last ? C : 1;
   dispatch("upfirdn2d", x.scalar_type(), [&](auto zero) {
-    const auto filter = read_filter<accumulator_t<decltype(zero)>>(f, flip_filter, gain);
+    const auto filter = read_filter<accumulator_t<decltype(zero)>>("upfirdn2d", f, flip_filter, gain);
     const Job job{dense.const_data_ptr(), out.mutable_data_ptr(), &filter, &ax, &ay, H, W, channels};
     parallel_for(images * out_h, out_w * channels,
                  [&](int64_t begin, int64_t end) { run(zero, job, begin, end); });

@@ -1,0 +1,52 @@
+// The filters of upfirdn2d and filtered_lrelu.
+#pragma once
+#include <cmath>
+
+#include "common.h"
+
+namespace fastgen {
+
+template <class T>
+struct Filter {
+  int64_t rows = 1, columns = 1;
+  std::vector<T> y;  // separable: weights along y and x; otherwise empty, and x holds the whole filter
+  std::vector<T> x;
+};
+
+// As a correlation, with the gain in it. A filter of rank one is taken apart if that is exact to rounding.
+template <class T>
+Filter<T> read_filter(const char* op, const std::optional<Tensor>& f, bool flip, double gain) {
+  Filter<T> filter;
+  if (!f) {
+    filter.y = {T(1)};
+    filter.x = {static_cast<T>(gain)};
+    return filter;
+  }
+  std::vector<double> taps = host_vector<double>(op, *f);
+  if (!flip) std::reverse(taps.begin(), taps.end());
+  const int64_t columns = f->size(f->dim() - 1), rows = f->dim() == 1 ? columns : f->size(0);
+  filter.rows = rows;
+  filter.columns = columns;
+  std::vector<double> x(taps), y(taps);
+  bool separable = f->dim() == 1;
+  if (!separable) {
+    const auto magnitude = [](double a, double b) { return std::abs(a) < std::abs(b); };
+    const int64_t top = std::max_element(taps.begin(), taps.end(), magnitude) - taps.begin();
+    const double largest = taps[top];
+    x.assign(taps.begin() + top / columns * columns, taps.begin() + (top / columns + 1) * columns);
+    y.resize(rows);
+    for (int64_t i = 0; i < rows; ++i) y[i] = largest != 0 ? taps[i * columns + top % columns] / largest : 0;
+    separable = true;
+    const double tolerance =
+        f->scalar_type() == ScalarType::Double ? 1e-16 : 6e-8;  // half a unit of rounding
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      separable &= std::abs(taps[i] - y[i / columns] * x[i % columns]) <= tolerance * std::abs(largest);
+    }
+  }
+  if (!separable) x = taps;
+  for (double tap : x) filter.x.push_back(static_cast<T>(tap * gain));
+  if (separable) filter.y.assign(y.begin(), y.end());
+  return filter;
+}
+
+}  // namespace fastgen
