@@ -21,13 +21,15 @@ struct Tap {
   T weight;
 };
 
+constexpr int64_t block = 1024;  // numbers that stay in the first-level cache between sum and activation
+
 template <int vectors, class T>
 FASTGEN_INLINE void sum_vectors(const T* from, const Tap<T>* taps, int64_t count, T* to) {
   Vec<T> sums[vectors] = {};
   for (int64_t k = 0; k < count; ++k) {
     const T* row = from + taps[k].offset;
     const T weight = taps[k].weight;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sums[v] += weight * load(row + v * lanes<T>);
   }
   for (int v = 0; v < vectors; ++v) store(to + v * lanes<T>, sums[v]);
@@ -44,7 +46,11 @@ FASTGEN_INLINE void sum_taps(const T* from, const Tap<T>* taps, int64_t count, T
     return;
   }
   int64_t i = 0;
-  for (; i + 4 * one <= n; i += 4 * one) sum_vectors<4>(from + i, taps, count, to + i);
+  for (; i + 8 * one <= n; i += 8 * one) sum_vectors<8>(from + i, taps, count, to + i);
+  if (i + 4 * one <= n) {
+    sum_vectors<4>(from + i, taps, count, to + i);
+    i += 4 * one;
+  }
   if (i + 2 * one <= n) {
     sum_vectors<2>(from + i, taps, count, to + i);
     i += 2 * one;
@@ -82,6 +88,22 @@ struct LeakyRelu {
     }
   }
 };
+
+// The sum; with act its activation; with v too the sum times the activation's derivative at v.
+template <class T>
+FASTGEN_INLINE void sum_and_activate(const T* from, const Tap<T>* taps, int64_t count, T* to, int64_t n,
+                                     const LeakyRelu<T>* act, const T* v) {
+  if (!act) return sum_taps(from, taps, count, to, n);
+  for (int64_t i = 0; i < n; i += block) {
+    const int64_t m = std::min(block, n - i);
+    sum_taps(from + i, taps, count, to + i, m);
+    if (v) {
+      act->derivative(v + i, to + i, m);
+    } else {
+      act->value(to + i, m);
+    }
+  }
+}
 
 // Columns of a row in phases; `length` columns of memory each, `lead` of them before the first.
 struct Layout {
@@ -129,15 +151,10 @@ FASTGEN_INLINE void write_row(const T* from, const Layout& layout, S* to, int64_
 }
 
 // Out of line, since they are compiled once for every instruction set.
-#define FASTGEN_FOR(T)                                                                        \
-  FASTGEN_SIMD void sum(const T* from, const Tap<T>* taps, int64_t count, T* to, int64_t n) { \
-    sum_taps(from, taps, count, to, n);                                                       \
-  }                                                                                           \
-  FASTGEN_SIMD void activate(const LeakyRelu<T>& act, T* row, int64_t n) {                    \
-    act.value(row, n);                                                                        \
-  }                                                                                           \
-  FASTGEN_SIMD void derivative(const LeakyRelu<T>& act, const T* v, T* dy, int64_t n) {       \
-    act.derivative(v, dy, n);                                                                 \
+#define FASTGEN_FOR(T)                                                                      \
+  FASTGEN_SIMD void sum(const T* from, const Tap<T>* taps, int64_t count, T* to, int64_t n, \
+                        const LeakyRelu<T>* act, const T* v) {                              \
+    sum_and_activate(from, taps, count, to, n, act, v);                                     \
   }
 FASTGEN_FOR(float)
 FASTGEN_FOR(double)
@@ -235,15 +252,19 @@ class Rows {
         rows_(capacity_ * stride_ + slack),
         line_(round_up(step.in.size(), lanes<T>) + slack) {}
 
-  void restart() { next_ = 0; }
+  void restart() { next_ = slot_ = 0; }
 
   // Calls make(row, memory) for each row that row o of the result sees and that isn't here yet.
   template <class Make>
   void prepare(int64_t o, const Make& make) {
     const Axis::Window window = step_.rows[o];
-    next_ = std::max(next_, window.from);
+    if (next_ < window.from) {
+      next_ = window.from;
+      slot_ = next_ % capacity_;
+    }
     for (const int64_t end = std::min(step_.y.in, window.from + window.count); next_ < end; ++next_) {
-      T* row = rows_.get() + next_ % capacity_ * stride_;
+      T* row = rows_.get() + slot_ * stride_;
+      if (++slot_ == capacity_) slot_ = 0;
       if (step_.columns_first) {
         make(next_, line_.get());
         along_x(line_.get(), row);
@@ -253,13 +274,15 @@ class Rows {
     }
   }
 
-  void result(int64_t o, T* to) {
+  // Row o of the result, activated as `sum` says; only steps that come before the activation are given act.
+  void result(int64_t o, T* to, const LeakyRelu<T>* act = nullptr, const T* v = nullptr) {
     const Axis::Window window = step_.rows[o];
     const int64_t first = std::max<int64_t>(0, -window.from);
     const int64_t last = std::min(window.count, step_.y.in - window.from);
     // Calls body(tap, offset of the row) for each row.
     const auto each = [&](const auto& body) {
-      int64_t slot = (window.from + first) % capacity_;
+      int64_t slot = slot_ - (next_ - window.from - first);
+      if (slot < 0) slot += capacity_;
       for (int64_t k = first; k < last; ++k) {
         body(window.first + k * step_.y.up, slot * stride_);
         if (++slot == capacity_) slot = 0;
@@ -268,7 +291,7 @@ class Rows {
     taps_.clear();
     if (step_.separable) {
       each([&](int64_t tap, int64_t row) { taps_.push_back({row, step_.filter.y[tap]}); });
-      if (step_.columns_first) return add(rows_.get(), taps_, to, step_.out.size());
+      if (step_.columns_first) return add(rows_.get(), taps_, to, step_.out.size(), act, v);
       add(rows_.get(), taps_, line_.get(), step_.in.size());
       return along_x(line_.get(), to);
     }
@@ -278,13 +301,15 @@ class Rows {
         for (const Tap<T>& x : step_.taps[tap * step_.out.phases + r])
           taps_.push_back({row + x.offset, x.weight});
       });
-      add(rows_.get(), taps_, to + step_.out.start(r), step_.lengths[r]);
+      const int64_t start = step_.out.start(r);
+      add(rows_.get(), taps_, to + start, step_.lengths[r], act, v ? v + start : nullptr);
     }
   }
 
  private:
-  static void add(const T* from, const std::vector<Tap<T>>& taps, T* to, int64_t n) {
-    sum(from, taps.data(), static_cast<int64_t>(taps.size()), to, n);
+  static void add(const T* from, const std::vector<Tap<T>>& taps, T* to, int64_t n,
+                  const LeakyRelu<T>* act = nullptr, const T* v = nullptr) {
+    sum(from, taps.data(), static_cast<int64_t>(taps.size()), to, n, act, v);
   }
   void along_x(const T* from, T* to) const {
     for (int64_t r = 0; r < step_.out.phases; ++r)
@@ -293,8 +318,9 @@ class Rows {
 
   static constexpr int64_t slack = lanes<T>;  // a whole vector may be read from the last number on
   const Step<T>& step_;
-  int64_t capacity_, stride_, next_ = 0;
-  Buffer<T> rows_, line_;  // what no one writes is padding, and stays zero
+  int64_t capacity_, stride_;
+  int64_t next_ = 0, slot_ = 0;  // of the input: the next row to come, and where it goes
+  Buffer<T> rows_, line_;        // what no one writes is padding, and stays zero
   std::vector<Tap<T>> taps_;
 };
 
@@ -396,15 +422,19 @@ Tensor apply(const Tensor* dy, const Tensor& x, const Arguments& a) {
                             : Step<T>(fd, ax.down, ay.down, phases, out_layout);
     const Step<T> first(fu, ax.up, ay.up, phases / a.up, last.in);
     const Step<T> second(fd_reversed, ax.down.transposed(), ay.down.transposed(), phases / a.down, last.in);
+    const bool direct = out_phases == 1 && channels == (channels_last ? C : 1);
     parallel_for(N * blocks * out_h, ax.up.out * channels * 8, [&](int64_t begin, int64_t end) {
       Rows<T> up(first), down(last);
       std::optional<Rows<T>> up_gradient;
       if (dy) up_gradient.emplace(second);
       Buffer<T> values(last.in.size() + lanes<T>), line(out_layout.size() + lanes<T>);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t y = i % out_h, block = i / out_h % blocks, image = i / out_h / blocks;
-        const int64_t channel = block * channels, count = std::min(channels, C - channel);
+      int64_t y = begin % out_h, image = 0, channel = 0, count = 0;
+      for (int64_t i = begin; i < end; ++i, ++y) {
+        if (y == out_h) y = 0;
         if (i == begin || y == 0) {
+          image = i / out_h / blocks;
+          channel = i / out_h % blocks * channels;
+          count = std::min(channels, C - channel);
           up.restart();
           down.restart();
           if (dy) up_gradient->restart();
@@ -413,19 +443,22 @@ Tensor apply(const Tensor* dy, const Tensor& x, const Arguments& a) {
           up.prepare(z, [&](int64_t j, T* row) {
             read(in.row(image, channel, j), in.strides[3], count, bias.data() + channel, first.in, row);
           });
-          if (!dy) {
-            up.result(z, row);
-            return activate(act, row, last.in.size());
-          }
+          if (!dy) return up.result(z, row, &act);
           up.result(z, values.get());
           up_gradient->prepare(z, [&](int64_t j, T* row) {
             read(dz.row(image, channel, j), dz.strides[3], count, no_bias.data(), second.in, row);
           });
-          up_gradient->result(z, row);
-          derivative(act, values.get(), row, last.in.size());
+          up_gradient->result(z, row, &act, values.get());
         });
+        S* row = to.row(image, channel, y);
+        if constexpr (std::is_same_v<S, T>) {
+          if (direct) {
+            down.result(y, row);
+            continue;
+          }
+        }
         down.result(y, line.get());
-        write(line.get(), out_layout, to.row(image, channel, y), to.strides[3], count);
+        write(line.get(), out_layout, row, to.strides[3], count);
       }
     });
   });
