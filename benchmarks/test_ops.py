@@ -1,4 +1,5 @@
-"""upfirdn2d and bias_act at the shapes of EG3D's largest layers, beside plain PyTorch and its compilation.
+"""upfirdn2d and bias_act at the shapes of EG3D's largest layers, filtered_lrelu at one of StyleGAN3's, beside
+plain PyTorch and its compilation.
 
 Every case first compares its result with the reference in float64; a wrong result is not timed. A row says
 how many bytes the op has to move at least (each input and output once) and how many FLOP it takes.
@@ -25,6 +26,18 @@ class Case:
     size: int
     run: object  # (x, f, b) -> result
     flop: float  # for each element of the result
+    f: torch.Tensor = ops.setup_filter([1, 3, 3, 1])
+
+
+def low_pass(taps: int) -> torch.Tensor:
+    """Half the band, by a Kaiser window."""
+    window = torch.kaiser_window(taps, periodic=False, beta=6.0)
+    return ops.setup_filter(window * torch.sinc((torch.arange(taps) - (taps - 1) / 2) / 2))
+
+
+def filtered_lrelu(x, f, b):
+    """At twice the size, which comes out as it went in."""
+    return ops.filtered_lrelu(x, f, f, b, up=2, down=2, padding=[11, 10, 11, 10], clamp=256)
 
 
 CASES = [
@@ -33,6 +46,8 @@ CASES = [
     Case("filter2d", 512, lambda x, f, b: ops.filter2d(x, f), 32),
     Case("bias_act_lrelu_clamp", 512, lambda x, f, b: ops.bias_act(x, b, act="lrelu", clamp=256), 5),
     Case("bias_act_swish", 512, lambda x, f, b: ops.bias_act(x, b, act="swish"), 12),
+    # 12 + 24 products up, 24 + 12 down, and 4 activations.
+    Case("filtered_lrelu", 128, filtered_lrelu, 164, low_pass(12)),
 ]
 
 
@@ -74,7 +89,7 @@ def test_op(benchmark, case, dtype, layout, route):
     x = torch.randn(1, CHANNELS, case.size, case.size, dtype=DTYPES[dtype], device=DEVICE)
     x = x.contiguous(memory_format=memory_format)
     b = torch.randn(CHANNELS, dtype=DTYPES[dtype], device=DEVICE)
-    f = ops.setup_filter([1, 3, 3, 1], device=DEVICE)
+    f = case.f.to(DEVICE)
     run = ROUTES[route](case)
 
     small = x[:, :8, :64, :64].contiguous(memory_format=memory_format)
