@@ -27,6 +27,18 @@ class Case:
     run: Callable
     flop: float  # for each element of the result
     outputs: int = 0  # of the 3x3 weight; 0: none
+    f: torch.Tensor = F4
+
+
+def low_pass(taps: int) -> torch.Tensor:
+    """Half the band, by a Kaiser window."""
+    window = torch.kaiser_window(taps, periodic=False, beta=6.0)
+    return ops.setup_filter(window * torch.sinc((torch.arange(taps) - (taps - 1) / 2) / 2))
+
+
+def filtered_lrelu(x, b, f, w, s):
+    """At twice the size, which comes out as it went in."""
+    return ops.filtered_lrelu(x, f, f, b, up=2, down=2, padding=[11, 10, 11, 10], clamp=256)
 
 
 def modulated(up: int):
@@ -51,6 +63,8 @@ CASES = [
         5,
     ),
     Case("bias_act_swish", 128, 512, lambda x, b, f, w, s: ops.bias_act(x, b, act="swish"), 12),
+    # 12 + 24 products up, 24 + 12 down, and 4 activations.
+    Case("filtered_lrelu", 64, 128, filtered_lrelu, 164, f=low_pass(12)),
     Case("modulated_conv2d_up2", 256, 256, modulated(2), 2 * 256 * 9 / 4, 128),
     Case("modulated_conv2d", 128, 512, modulated(1), 2 * 128 * 9, 128),
 ]
@@ -68,7 +82,7 @@ def test_op(measure, case, dtype, layout, route):
     def inputs(channels, outputs, size):
         x = torch.randn(1, channels, size, size, device=DEVICE).to(kind, memory_format=LAYOUTS[layout])
         w, s = torch.randn(max(1, outputs), channels, 3, 3), torch.randn(1, channels) + 1
-        return x, *(t.to(DEVICE, kind) for t in (torch.randn(outputs or channels), F4, w, s))
+        return x, *(t.to(DEVICE, kind) for t in (torch.randn(outputs or channels), case.f, w, s))
 
     run = on_route(route, case.run)
     small = inputs(8, 8 if case.outputs else 0, 64)

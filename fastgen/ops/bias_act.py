@@ -131,7 +131,7 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
     return y.to(x.dtype) if y.stride() == out.stride() else out.copy_(y)
 
 
-def _bias_gradient(dx: Tensor, b: Tensor | None, dim: int) -> Tensor | None:
+def bias_gradient(dx: Tensor, b: Tensor | None, dim: int) -> Tensor | None:
     if b is None:
         return None
     others = [i for i in range(dx.ndim) if i != dim]
@@ -147,8 +147,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     x, b = ctx.saved_tensors
-    dx = dy * ctx.gain if ctx.scales_only else _bias_act_bwd(dy, x, b, *ctx.args)
-    return dx, _bias_gradient(dx, b, ctx.args[0]), *[None] * 5
+    dx = dy * ctx.gain if ctx.scales_only else bias_act_bwd(dy, x, b, *ctx.args)
+    return dx, bias_gradient(dx, b, ctx.args[0]), *[None] * 5
 
 
 def _setup_context_bwd(ctx, inputs, output):
@@ -158,11 +158,11 @@ def _setup_context_bwd(ctx, inputs, output):
 
 def _backward_bwd(ctx, ddx):
     dy, x, b = ctx.saved_tensors
-    ddy = _bias_act_bwd(ddx, x, b, *ctx.args) if ctx.needs_input_grad[0] else None
+    ddy = bias_act_bwd(ddx, x, b, *ctx.args) if ctx.needs_input_grad[0] else None
     dx = db = None
     if any(ctx.needs_input_grad[1:3]) and ctx.args[1] not in ("linear", "relu", "lrelu"):
         dx = _bias_act_bwd2(ddx, dy, x, b, *ctx.args)
-        db = _bias_gradient(dx, b, ctx.args[0])
+        db = bias_gradient(dx, b, ctx.args[0])
     return ddy, dx, db, *[None] * 5
 
 
@@ -201,14 +201,14 @@ _bias_act = define(
     setup_context=_setup_context,
     vmap=lambda *args: _vmap(_bias_act, *args),
 )
-_bias_act_bwd = define(
+bias_act_bwd = define(
     "bias_act_bwd(Tensor dy, Tensor x, Tensor? b, int dim, str act, float alpha, float gain, float clamp)"
     " -> Tensor",
     reference=bias_act_bwd_reference,
     fake=lambda dy, x, *_: torch.empty_like(x),
     backward=_backward_bwd,
     setup_context=_setup_context_bwd,
-    vmap=lambda *args: _vmap(_bias_act_bwd, *args),
+    vmap=lambda *args: _vmap(bias_act_bwd, *args),
 )
 _bias_act_bwd2 = define(
     "bias_act_bwd2(Tensor ddx, Tensor dy, Tensor x, Tensor? b, int dim, str act, float alpha, float gain,"

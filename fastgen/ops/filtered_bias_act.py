@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._define import define, wide
-from .bias_act import _bias_act_bwd, bias_act
-from .upfirdn2d import upfirdn2d
+from .bias_act import bias_act, bias_act_bwd
+from .upfirdn2d import transposed, upfirdn2d
 
 
 def _interleaved(x: list[Tensor]) -> Tensor:
@@ -68,7 +68,7 @@ def filtered_bias_act_bwd_reference(
     t = wide(_filtered(x, f, padding, flip_filter, fir_gain))
     v = _shifted(t, scale, noise)
     b = None if b is None else b.to(v.dtype)
-    g = _bias_act_bwd(dy.to(v.dtype), v, b, 1, act, alpha, gain, clamp)
+    g = bias_act_bwd(dy.to(v.dtype), v, b, 1, act, alpha, gain, clamp)
     dt = g if scale is None else g * scale[:, :, None, None]
     if noise is None:
         d_noise = g.new_zeros(0, 1, *g.shape[2:])
@@ -107,14 +107,10 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     *x, f, scale, noise, b = ctx.saved_tensors
-    padding, flip_filter, fir_gain = ctx.filter_args
     act = ctx.act, ctx.alpha, ctx.gain, ctx.clamp
     dx, d_scale, d_noise, d_b = _filtered_bias_act_bwd(dy, x, f, *ctx.filter_args, scale, noise, b, *act)
     if f is not None:
-        (fh, fw), (x0, _, y0, _) = (f.shape[0], f.shape[-1]), padding
-        h, w = _out_size(x, None, [0] * 4)
-        back = [fw - 1 - x0, w - dy.shape[3] + x0, fh - 1 - y0, h - dy.shape[2] + y0]
-        dx = upfirdn2d(dx, f, 1, 1, back, not flip_filter, fir_gain)
+        dx = transposed(dx, f, _out_size(x, None, [0] * 4), [1, 1], [1, 1], *ctx.filter_args)
     dxs = [dx] if len(x) == 1 else [dx[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
     d_scale = None if scale is None else d_scale
     d_noise = None if noise is None else d_noise.sum_to_size(noise.shape)

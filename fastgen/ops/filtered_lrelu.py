@@ -1,12 +1,27 @@
-"""StyleGAN3's leaky ReLU without aliasing: applied at a higher resolution, between two filters."""
+"""StyleGAN3's leaky ReLU without aliasing: applied at a higher resolution, between two filters.
+
+With U and D for the filters and a for the activation, y = D a(U (x + b)). Its gradient,
+
+    dx = U' (a'(v) D' dy)  with v = U (x + b),
+
+is linear in dy, and a'' = 0: so the only second derivative is that in dy, ddy = D (a'(v) U ddx). The compiled
+kernels store neither v nor anything else of its size: they hold a few rows, and the backward computes v anew.
+"""
 
 import math
 
+import torch
 from torch import Tensor
 
-from ._define import define, require, require_ints, require_same_device, require_tensor
-from .bias_act import bias_act, check_act
-from .upfirdn2d import upfirdn2d
+from .._backends import compiled
+from ._define import define, memory_format, require, require_ints, require_same_device, require_tensor
+from .bias_act import bias_act, bias_act_bwd, bias_gradient, check_act
+from .upfirdn2d import transposed, upfirdn2d
+
+
+def _upsampled(x, fu, b, up, padding, flip_filter) -> Tensor:
+    x = x if b is None else bias_act(x, b)
+    return upfirdn2d(x, fu, up=up, padding=padding, gain=up**2, flip_filter=flip_filter)
 
 
 def filtered_lrelu_reference(
@@ -23,17 +38,92 @@ def filtered_lrelu_reference(
     flip_filter: bool,
 ) -> Tensor:
     """Its parts, one after the other."""
-    if b is not None:
-        x = bias_act(x, b)
-    x = upfirdn2d(x, fu, up=up, padding=padding, gain=up**2, flip_filter=flip_filter)
-    x = bias_act(x, act="lrelu", alpha=slope, gain=gain, clamp=None if clamp < 0 else clamp)
-    return upfirdn2d(x, fd, down=down, flip_filter=flip_filter)
+    v = _upsampled(x, fu, b, up, padding, flip_filter)
+    y = bias_act(v, act="lrelu", alpha=slope, gain=gain, clamp=None if clamp < 0 else clamp)
+    return upfirdn2d(y, fd, down=down, flip_filter=flip_filter)
 
 
+def filtered_lrelu_bwd_reference(
+    dy, x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_filter
+) -> Tensor:
+    """dx for the gradient dy of filtered_lrelu's result."""
+    v = _upsampled(x, fu, b, up, padding, flip_filter)
+    ones, none = [1, 1], [0, 0, 0, 0]
+    dy = transposed(dy, fd, v.shape[2:], ones, [down, down], none, flip_filter, 1.0)
+    dv = bias_act_bwd(dy, v, None, 0, "lrelu", slope, gain, clamp)
+    return transposed(dv, fu, x.shape[2:], [up, up], ones, padding, flip_filter, float(up**2))
+
+
+def _fake(x, fu, fd, b, up, down, padding, *_):
+    def size(n, dim, before, after):
+        taps = [1 if f is None else f.shape[dim] for f in (fu, fd)]
+        return (n * up + before + after - taps[0] + 1 - taps[1]) // down + 1
+
+    shape = (*x.shape[:2], size(x.shape[2], 0, *padding[2:]), size(x.shape[3], -1, *padding[:2]))
+    return x.new_empty(shape).contiguous(memory_format=memory_format(x))
+
+
+def _setup_context(ctx, inputs, output):
+    x, fu, fd, b, *ctx.args = inputs
+    ctx.save_for_backward(x, fu, fd, b)
+
+
+def _backward(ctx, dy):
+    x, fu, fd, b = ctx.saved_tensors
+    dx = _filtered_lrelu_bwd(dy, x, fu, fd, b, *ctx.args)
+    return dx, None, None, bias_gradient(dx, b, 1), *[None] * 7
+
+
+def _backward_bwd(ctx, ddx):
+    x, fu, fd, b = ctx.saved_tensors
+    up, down, padding, gain, slope, clamp, flip_filter = ctx.args
+    v = _upsampled(x, fu, b, up, padding, flip_filter)
+    dv = _upsampled(ddx, fu, None, up, padding, flip_filter)
+    dv = bias_act_bwd(dv, v, None, 0, "lrelu", slope, gain, clamp)
+    return upfirdn2d(dv, fd, down=down, flip_filter=flip_filter), *[None] * 11
+
+
+def _vmap(op, info, in_dims, *args):
+    """The mapped dimension joins the batch, or the channels if b has it; mapped filters go one by one."""
+    *images, fu, fd, b = args[:-7]
+    *dims, fu_dim, fd_dim, b_dim = in_dims[: len(images) + 3]
+    if fu_dim is not None or fd_dim is not None:
+        tensors = [
+            [x] * info.batch_size if d is None else x.unbind(d)
+            for x, d in zip(args[:-7], in_dims, strict=False)
+        ]
+        return torch.stack([op(*each, *args[-7:]) for each in zip(*tensors, strict=True)]), 0
+    front = [
+        x.expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
+        for x, d in zip(images, dims, strict=True)
+    ]
+    if b_dim is None:
+        out = op(*(x.flatten(0, 1) for x in front), fu, fd, b, *args[-7:])
+        return out.unflatten(0, front[-1].shape[:2]), 0
+    joint = [x.movedim(0, 1).flatten(1, 2) for x in front]
+    out = op(*joint, fu, fd, b.movedim(b_dim, 0).flatten(), *args[-7:])
+    return out.unflatten(1, (info.batch_size, -1)), 1
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor? fu, Tensor? fd, Tensor? b, int up, int down, int[] padding, float gain, float slope,"
+    " float clamp, bool flip_filter"
+)
 _filtered_lrelu = define(
-    "filtered_lrelu(Tensor x, Tensor? fu, Tensor? fd, Tensor? b, int up, int down, int[] padding, float gain,"
-    " float slope, float clamp, bool flip_filter) -> Tensor",
+    f"filtered_lrelu({_ARGUMENTS}) -> Tensor",
     reference=filtered_lrelu_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+    vmap=lambda *args: _vmap(_filtered_lrelu, *args),
+)
+_filtered_lrelu_bwd = define(
+    f"filtered_lrelu_bwd(Tensor dy, {_ARGUMENTS}) -> Tensor",
+    reference=filtered_lrelu_bwd_reference,
+    fake=lambda dy, x, *_: x.new_empty(x.shape).contiguous(memory_format=memory_format(x)),
+    backward=_backward_bwd,
+    setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs[1:], output),
+    vmap=lambda *args: _vmap(_filtered_lrelu_bwd, *args),
 )
 
 
@@ -54,7 +144,8 @@ def filtered_lrelu(
 
     Returns:   [N, C, H', W'] with W' = (W up + x0 + x1 - fuw + 1 - fdw) // down + 1, H' likewise; dtype of x.
     Raises:    ValueError on shapes and values; TypeError on dtypes.
-    Precision: as its parts; differentiable twice in x and b.
+    Precision: computes in float32 (float64 for float64); where a compiled kernel runs it rounds once, else
+               after each part. Differentiable twice in x and b.
     """
     op = "filtered_lrelu"
     require_tensor(op, "x", x, "N C H W")
@@ -82,4 +173,9 @@ def filtered_lrelu(
         size = [n - t + 1 for n, t in zip(size, taps, strict=True)]
     require_same_device(op, x=x, fu=fu, fd=fd, b=b)
     slope, gain, clamp = check_act(op, "lrelu", slope, gain, clamp, names=("slope", "gain"))
-    return _filtered_lrelu(x, fu, fd, b, up, down, padding, gain, slope, clamp, bool(flip_filter))
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    fu, fd = (f if f is None else f.detach().to(wide) for f in (fu, fd))
+    b = b if b is None else b.to(x.dtype)
+    # Where there is no kernel, autograd sees the parts: they keep v, and needn't compute it again.
+    run = _filtered_lrelu if x.is_cpu and compiled("cpu") else filtered_lrelu_reference
+    return run(x, fu, fd, b, up, down, padding, gain, slope, clamp, bool(flip_filter))

@@ -139,12 +139,15 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     f = next(iter(ctx.saved_tensors), None)
-    up, down, (x0, _, y0, _), flip_filter, gain = ctx.args
-    (h, w), (fh, fw), (oh, ow) = ctx.size, _filter_size(f), dy.shape[2:]
+    return transposed(dy, f, ctx.size, *ctx.args), *[None] * 6
+
+
+def transposed(dy, f, size, up, down, padding, flip_filter, gain) -> Tensor:
+    """The gradient in x [..., *size] of the op with these arguments, for the gradient dy of its result."""
+    (x0, _, y0, _), (h, w), (fh, fw), (oh, ow) = padding, size, _filter_size(f), dy.shape[2:]
     x1 = (w - 1) * up[0] + 1 - ow * down[0] + x0
     y1 = (h - 1) * up[1] + 1 - oh * down[1] + y0
-    padding = [fw - 1 - x0, x1, fh - 1 - y0, y1]
-    return _upfirdn2d(dy, f, down, up, padding, not flip_filter, gain), *[None] * 6
+    return _upfirdn2d(dy, f, down, up, [fw - 1 - x0, x1, fh - 1 - y0, y1], not flip_filter, gain)
 
 
 def _vmap(info, in_dims, x, f, *args):

@@ -2,13 +2,16 @@
 
 import math
 
+import pytest
 import torch
-from ops.checks import Case, OpChecks
+from accuracy import assert_accurate
+from ops.checks import Case, OpChecks, exact_copy, gradients
 
 from fastgen import ops
 
 F12 = ops.setup_filter([1, 2, 3, 5, 7, 8, 8, 7, 5, 3, 2, 1])
 F4 = ops.setup_filter([1, 3, 3, 1])
+F43 = torch.tensor([[1.0, 2, 3], [0, 1, -1], [2, 0, 1], [1, 1, 0]]) / 4  # of full rank, so not separable
 
 
 def case(name, x, b=None, fu=None, fd=None, **params):
@@ -22,6 +25,15 @@ class TestFilteredLrelu(OpChecks):
         case("plain", (2, 3, 4, 5), (3,)),
         case("up", (2, 2, 5, 4), None, F4, None, up=2, padding=[2, 1, 3, -1], gain=2.0, slope=0.0),
         case("down", (2, 3, 7, 9), (3,), None, F4, down=2, padding=1, flip_filter=True),
+        case("two_dimensional", (2, 3, 5, 7), (3,), F43, F43, up=2, down=2, padding=[4, 3, 5, 4], clamp=0.5),
+        case("flipped", (2, 2, 5, 6), (2,), F43, F4, up=2, padding=4, gain=0.7, flip_filter=True),
+        case("cropped", (1, 3, 9, 8), (3,), F4, F43, up=2, down=2, padding=[-3, 2, -1, -4]),
+        case("up_4_down_2", (1, 2, 5, 3), (2,), F12, F12, up=4, down=2, padding=[9, 9, 8, 11], slope=1.5),
+        case("up_2_down_4", (1, 2, 9, 11), (2,), F4, F12, up=2, down=4, padding=9),
+        case("up_3_down_2", (1, 2, 5, 4), (2,), F43, F12, up=3, down=2, padding=[7, 8, 9, 6]),
+        case("up_more_than_taps", (1, 2, 3, 4), (2,), F4, F4, up=5, down=3, padding=2),
+        case("clamped_to_zero", (2, 3, 4, 5), (3,), F4, F4, up=2, down=2, padding=3, clamp=0.0),
+        case("wide", (1, 2, 3, 85), (2,), F12, F12, up=2, down=2, padding=[11, 10, 11, 10], clamp=1.0),
     ]
     errors = [
         (
@@ -69,7 +81,39 @@ class TestFilteredLrelu(OpChecks):
         want = ops.upfirdn2d(y, inputs["fd"], down=p["down"], flip_filter=flip)
         torch.testing.assert_close(self.run(case, inputs), want)
 
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+    @pytest.mark.parametrize("f", [F12, F43], ids=["separable", "two_dimensional"])
+    def test_larger_than_a_block(self, device, f, layout, poisoned):
+        """Rows shared out among threads, and channels among blocks, the last of which is not full."""
+        large = case("large", (1, 34, 5, 420), (34,), f, f, up=2, down=2, padding=11, clamp=1.0)
+        inputs = large.make(device=device)
+        inputs["x"] = inputs["x"].detach().contiguous(memory_format=layout).requires_grad_()
+        exact = exact_copy(inputs)
+        got, want, same = self.run(large, inputs), self.reference(large, exact), self.reference(large, inputs)
+        assert_accurate(got, want, same)
+        got, want, same = gradients(got, inputs), gradients(want, exact), gradients(same, inputs)
+        for name in got:
+            assert_accurate(got[name], want[name], same[name], f"gradient of {name}")
+
+    @pytest.mark.parametrize("dims", [(1, None, None), (0, None, 1), (None, 0, None), (2, 0, 1)], ids=str)
+    def test_vmap(self, device, dims):
+        def function(x, f, b):
+            y = ops.filtered_lrelu(x, f, F4.to(device), b, up=2, down=2, padding=3)
+            arguments = (2, 2, [3, 3, 3, 3], 1.4, 0.2, 1.0, False)
+            return y, torch.ops.fastgen.filtered_lrelu_bwd(y, x, f, F4.to(device), b, *arguments)
+
+        shapes = [(2, 4, 5, 6), (3, 4), (4,)]
+        shapes = [s if d is None else (*s[:d], 3, *s[d:]) for s, d in zip(shapes, dims, strict=True)]
+        args = [torch.randn(shape, device=device) for shape in shapes]
+        each = [[a] * 3 if d is None else a.unbind(d) for a, d in zip(args, dims, strict=True)]
+        want = [function(*one) for one in zip(*each, strict=True)]
+        got = torch.func.vmap(function, dims)(*args)
+        for a, b in zip(got, zip(*want, strict=True), strict=True):
+            torch.testing.assert_close(a, torch.stack(b))
+
     def test_opcheck(self):
         tensors = (torch.randn(1, 2, 6, 5, requires_grad=True), F4, F4, torch.randn(2, requires_grad=True))
         args = (*tensors, 2, 2, [3, 3, 3, 3], 1.4, 0.2, 1.0, False)
         torch.library.opcheck(torch.ops.fastgen.filtered_lrelu.default, args)
+        dy = torch.randn(1, 2, 6, 5, requires_grad=True)
+        torch.library.opcheck(torch.ops.fastgen.filtered_lrelu_bwd.default, (dy, *args))
