@@ -15,15 +15,15 @@ Buffer<T> read_points(const Tensor& x) {
   Buffer<T> points(N * 3 * M, false);
   dispatch("sample_triplane", x.scalar_type(), [&](auto stored) {
     const auto* from = data<decltype(stored)>(x);
-    for (int64_t n = 0; n < N; ++n) {
-      parallel_for(M, 3, [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; ++m) {
-          for (int64_t k = 0; k < 3; ++k)
-            points[(n * 3 + k) * M + m] =
-                static_cast<T>(from[n * x.stride(0) + m * x.stride(1) + k * x.stride(2)]);
-        }
-      });
-    }
+    const int64_t sn = x.stride(0), sm = x.stride(1), sk = x.stride(2);
+    parallel_for(N * 3 * M, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin, n; i < end; i += n) {
+        const int64_t row = i / M, m = i % M;
+        n = std::min(M - m, end - i);
+        const auto* at = from + row / 3 * sn + row % 3 * sk + m * sm;
+        for (int64_t j = 0; j < n; ++j) points[i + j] = static_cast<T>(at[j * sm]);
+      }
+    });
   });
   return points;
 }
@@ -80,7 +80,7 @@ class Readable {
   Readable(const Tensor& x, const Job<S>& job)
       : x_(x),
         copies_(!table_of(x, 0, data<S>(x)).whole && 8 * job.M >= job.H * job.W),
-        copy_(copies_ ? 3 * job.H * job.W * job.padded : 0) {}
+        copy_(copies_ ? 3 * job.H * job.W * job.padded : 0, job.C != job.padded) {}
 
   Table<const S> image(const Job<S>& job, int64_t n) const {
     const Table<const S> table = table_of(x_, n, data<S>(x_));

@@ -10,7 +10,6 @@ namespace fastgen {
 namespace {
 
 constexpr int64_t block = 64;  // points whose positions are found together
-constexpr int64_t ahead = 6;   // points for which memory is asked for in advance
 
 // Planes of an image [3, C, H, W], by their strides.
 template <class S>
@@ -186,12 +185,6 @@ FASTGEN_INLINE void gather_rows(const Job<S>& job, const std::vector<Source<S>>&
       for (int64_t s = 0; s < n; ++s) {
         for (int64_t i = 0; i < n_sources; ++i) {
           const S** here = &corner[(i * block + s) * count];
-          if (s + ahead < n) {
-            for (int64_t k = 0; k < count; ++k) {
-              for (int64_t c = 0; c < job.C; c += 64 / sizeof(S))
-                __builtin_prefetch(here[ahead * count + k] + c);
-            }
-          }
           rows[i].prepare(job, sources[i].table, here, count);
         }
         S* row = out + (plane * job.M + first + s) * job.C;
@@ -223,11 +216,6 @@ FASTGEN_INLINE void multiply_corners(const Job<S>& job, const Table<const S>& ta
   const S* corner[block][4];
   for (int64_t s = 0; s < n; ++s) corners(job, table, p, at, s, 0, job.H, job.zeros, corner[s]);
   for (int64_t s = 0; s < n; ++s) {
-    if (s + ahead < n) {
-      for (int64_t k = 0; k < 4; ++k) {
-        for (int64_t c = 0; c < job.C; c += 64 / sizeof(S)) __builtin_prefetch(corner[s + ahead][k] + c);
-      }
-    }
     rows.prepare(job, table, corner[s], 4);
     const S* g = job.gradient(p, first + s);
     if (job.C != job.padded) {
@@ -306,9 +294,6 @@ FASTGEN_INLINE void scatter_any(const Job<S>& job, const Table<accumulator_t<S>>
     for (int64_t s = 0; s < n; ++s)
       corners(job, table, p, at, s, top, bottom, static_cast<T*>(nullptr), corner[s]);
     for (int64_t s = 0; s < n; ++s) {
-      if (s + ahead < n) {
-        for (int64_t k = 0; k < 4; ++k) __builtin_prefetch(corner[s + ahead][k] + c, 1);
-      }
       const S* g = job.gradient(p, first + s) + c;
       if (here < lanes<T>) {
         std::copy(g, g + here, last);
