@@ -79,7 +79,7 @@ class Readable {
  public:
   Readable(const Tensor& x, const Job<S>& job)
       : x_(x),
-        copies_(!table_of(x, 0, data<S>(x)).whole && 8 * job.M >= job.H * job.W),
+        copies_(!table_of(x, 0, data<S>(x)).whole && 12 * job.M >= job.H * job.W),
         copy_(copies_ ? 3 * job.H * job.W * job.padded : 0, job.C != job.padded) {}
 
   Table<const S> image(const Job<S>& job, int64_t n) const {

@@ -44,26 +44,28 @@ struct Positions {
 };
 
 // to = the matrix's row times points [begin, begin + n). A zero selects: it makes no NaN of what it leaves
-// out.
+// out. Products and sums stand in loops apart, here and below: contracted to one operation they would round
+// otherwise than the reference does, and find another pixel at times.
 template <class T>
 FASTGEN_INLINE void project(const T* row, const T* points, int64_t M, int64_t begin, int64_t n,
                             T* __restrict__ to) {
-  bool first = true;
+  T product[block];
+  std::fill(to, to + n, T(0));
   for (int64_t k = 0; k < 3; ++k) {
     if (row[k] == 0) continue;
     const T* from = points + k * M + begin;
-    for (int64_t s = 0; s < n; ++s) to[s] = (first ? T(0) : to[s]) + from[s] * row[k];
-    first = false;
+    for (int64_t s = 0; s < n; ++s) product[s] = from[s] * row[k];
+    for (int64_t s = 0; s < n; ++s) to[s] += product[s];
   }
-  if (first) std::fill(to, to + n, T(0));
 }
 
 // x in [-1, 1] to the pixel before it and the fraction.
 template <class T>
 FASTGEN_INLINE void split(int64_t size, int64_t n, T* __restrict__ x, int32_t* __restrict__ pixel) {
   const T limit = static_cast<T>(size);
+  for (int64_t s = 0; s < n; ++s) x[s] = (x[s] + 1) * limit;
   for (int64_t s = 0; s < n; ++s) {
-    const T u = ((x[s] + 1) * limit - 1) / 2;
+    const T u = (x[s] - 1) / 2;
     T whole = std::floor(u);
     x[s] = u - whole;
     whole = whole >= -2 ? whole : T(-2);  // NaN lies outside; its fraction, and so its weights, stay NaN

@@ -211,8 +211,9 @@ def _backward_bwd2(ctx, *third):
     """Through the differentiable reference: higher derivatives are rare."""
     saved, recorded = ctx.saved_tensors, torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [x if x is None or x.requires_grad else x.detach().requires_grad_() for x in saved]
-        wanted = [x for x in inputs if x is not None]
+        # Views, since one of the tensors may be made of another, and that is not to be differentiated here.
+        inputs = [None if x is None else x.view_as(x) if x.requires_grad else x.detach() for x in saved]
+        wanted = [x.requires_grad_() for x in inputs if x is not None]
         out = sample_triplane_bwd2_reference(*inputs, ctx.matrix, ctx.mean, True, True, True)
         pairs = [(y, d) for y, d in zip(out, third, strict=True) if d.shape == y.shape]
         ys, ds = zip(*pairs, strict=True)
