@@ -245,6 +245,18 @@ def test_16_bit_planes_keep_float32_positions(dtype):
     assert_accurate(got, ops.sample_triplane(ramp.double(), coordinates.double()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("x", [0, 0.25, -0.3])
+def test_every_16_bit_number(dtype, x, device):
+    # Planes of one pixel, whose share is 1, 1/2 and 2/5: read and rounded as PyTorch does.
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).to(device)
+    coordinates = torch.tensor([x, 0, 0], dtype=torch.float32, device=device).expand(4096, 1, 3)
+    planes = numbers.view(4096, 1, 16, 1, 1).expand(-1, 3, -1, -1, -1)
+    got = ops.sample_triplane(planes, coordinates)[:, 0].flatten()
+    share = 1 - (coordinates[0, 0, 0] * 2 + 1).sub(1).div(2).abs()
+    torch.testing.assert_close(got, (numbers.float() * share).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 def test_axes_as_a_tensor_are_the_named_ones():
     x, y, z = torch.eye(3)
     tensors = {
