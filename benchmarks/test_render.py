@@ -1,4 +1,5 @@
-"""render_triplane at EG3D's size, 128 x 128 rays of 48 + 48 samples, and how its cost grows.
+"""render_triplane at EG3D's size, 128 x 128 rays of 48 + 48 samples, and how its cost grows; sample_triplane
+alone, at the samples of 64 x 64 such rays of 32.
 
 Plain PyTorch is the composed reference, which holds all samples in memory. A row counts the FLOP of the
 decoder, for gradients three times, since it is evaluated again, and as bytes the planes, rays and results.
@@ -85,4 +86,56 @@ def test_cost_is_linear(measure, batch, side, samples):
         route="fastgen",
         bytes=tensors[0].nbytes + batch * side**2 * 4 * (C + 6),
         flop=2 * batch * side**2 * 2 * samples * D * (F + 1 + C),
+    )
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_sample(measure, direction, dtype, layout, route):
+    def sample(planes, points):
+        return ops.sample_triplane(planes, points, reduce="mean")
+
+    run = on_route(route, sample)
+    origins, directions = cameras(64)
+    depths = torch.linspace(2.25, 3.3, 32, device=DEVICE)
+    points = (origins[:, :, None] + depths[:, None] * directions[:, :, None]).flatten(1, 2)
+    planes = torch.randn(1, 3 * F, 256, 256).to(DEVICE, DTYPES[dtype])
+    if layout == "channels_last":
+        planes = planes.contiguous(memory_format=torch.channels_last)
+    planes = planes.view(1, 3, F, 256, 256)
+
+    with torch.no_grad():
+        few = points[:, ::97]
+        exact = on_route("pytorch", sample)(planes.double(), few.double())
+        error = (run(planes, few).double() - exact).abs().max()
+        # Positions are float32: off by 1e-5 of a pixel.
+        allowed = 4 * torch.finfo(DTYPES[dtype]).eps + 1e-4
+        assert error <= allowed * exact.abs().max(), "wrong result, not timed"
+
+    backward = direction == "backward"
+    tensors = [x.requires_grad_(backward) for x in (planes, points)]
+    with torch.set_grad_enabled(backward):
+        features = run(*tensors)
+    dy = torch.randn_like(features)
+
+    def timed():
+        if backward:
+            torch.autograd.grad(features, tensors, dy, retain_graph=True)
+        else:
+            with torch.no_grad():
+                run(*tensors)
+
+    measure(
+        timed,
+        5,
+        op=f"sample_triplane_{direction}",
+        shape=f"{'x'.join(map(str, planes.shape))} at {points.shape[1]}",
+        dtype=dtype,
+        layout=layout,
+        route=route,
+        bytes=(1 + backward) * (planes.nbytes + points.nbytes) + features.nbytes,
+        # A product and a sum a corner; backward, one pair for each gradient.
+        flop=3 * 8 * features.numel() * (1 + backward),
     )

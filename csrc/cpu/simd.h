@@ -27,11 +27,76 @@ template <class T>
 FASTGEN_INLINE void store(T* to, const Vec<T>& v) {
   std::memcpy(to, &v, sizeof v);
 }
+// By halves: one after the other the lanes would wait for each other.
 template <class T>
 FASTGEN_INLINE T sum(const Vec<T>& v) {
-  T total = 0;
-  for (int64_t i = 0; i < lanes<T>; ++i) total += v[i];
-  return total;
+  typedef T Half __attribute__((vector_size(32)));
+  typedef T Quarter __attribute__((vector_size(16)));
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  const Half half = halves[0] + halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof half);
+  const Quarter q = quarters[0] + quarters[1];
+  if constexpr (sizeof(T) == 8)
+    return q[0] + q[1];
+  else
+    return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+template <class To, class From>
+FASTGEN_INLINE To bit_cast(const From& from) {
+  To to;
+  static_assert(sizeof to == sizeof from);
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// A vector of sums from numbers as they are stored, and back, rounded to the nearest.
+template <class S>
+FASTGEN_INLINE Vec<accumulator_t<S>> widen(const S* from) {
+  if constexpr (std::is_same_v<S, accumulator_t<S>>) {
+    return load(from);
+  } else {
+    typedef uint16_t Stored __attribute__((vector_size(32)));
+    Stored stored;
+    std::memcpy(&stored, from, sizeof stored);
+    const auto bits = __builtin_convertvector(stored, Vec<uint32_t>);
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      return bit_cast<Vec<float>>(bits << 16);
+    } else {
+      // Exponents move from the bias 15 to 127 by a product, which makes subnormal numbers normal as well.
+      const Vec<uint32_t> size = (bits & 0x7fff) << 13;
+      const Vec<float> scaled = bit_cast<Vec<float>>(size) * 0x1p112f;
+      Vec<uint32_t> value = bit_cast<Vec<uint32_t>>(scaled);
+      value = size >= (0x7c00 << 13) ? value | 0x7f800000 : value;
+      return bit_cast<Vec<float>>(value | (bits & 0x8000) << 16);
+    }
+  }
+}
+template <class S>
+FASTGEN_INLINE void narrow(S* to, const Vec<accumulator_t<S>>& v) {
+  if constexpr (std::is_same_v<S, accumulator_t<S>>) {
+    store(to, v);
+  } else {
+    typedef uint16_t Stored __attribute__((vector_size(32)));
+    const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(v), size = bits & 0x7fffffff;
+    Vec<uint32_t> value;
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      value = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+      value = size > 0x7f800000 ? Vec<uint32_t>{} + 0x7fc0 : value;
+    } else {
+      // Adding 0.5 rounds to multiples of 2^-24, the subnormal numbers; the others are rounded by hand.
+      const Vec<float> shifted = bit_cast<Vec<float>>(size) + 0.5f;
+      value = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
+      value = size < 0x38800000 ? bit_cast<Vec<uint32_t>>(shifted) - 0x3f000000 : value;
+      value = size >= 0x477ff000 ? Vec<uint32_t>{} + 0x7c00 : value;
+      value = size > 0x7f800000 ? Vec<uint32_t>{} + 0x7e00 : value;
+      value |= bits >> 16 & 0x8000;
+    }
+    const Stored stored = __builtin_convertvector(value, Stored);
+    std::memcpy(to, &stored, sizeof stored);
+  }
 }
 
 constexpr int64_t round_up(int64_t n, int64_t to) {

@@ -89,6 +89,29 @@ def without_autocast(function: Callable) -> Callable:
     return run
 
 
+def differentiate(function: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list:
+    """The gradients in the inputs, for `grads` of a tuple that the function makes of them by differentiable ops.
+
+    Those of no element's shape are left out. Differentiable again; the inputs' own past takes no part.
+    """
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, since one of the tensors may be made of another, and that is not to be differentiated here.
+        inputs = [None if x is None else x.view_as(x) if x.requires_grad else x.detach() for x in inputs]
+        wanted = [x.requires_grad_() for x in inputs if x is not None]
+        out = function(*inputs)
+        used = [i for i, y in enumerate(out) if y.requires_grad and y.shape == grads[i].shape]
+        found = torch.autograd.grad(
+            [out[i] for i in used],
+            wanted,
+            [grads[i] for i in used],
+            create_graph=recorded,
+            materialize_grads=True,
+        )
+    found = iter(found)
+    return [None if x is None else next(found) for x in inputs]
+
+
 def _fresh(function: Callable) -> Callable:
     # The dispatcher wants outputs that are not views of inputs; an identity in the reference returns one.
     @functools.wraps(function)

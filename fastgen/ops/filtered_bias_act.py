@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define, wide
+from ._define import define, differentiate, wide
 from .bias_act import bias_act, bias_act_bwd
 from .upfirdn2d import transposed, upfirdn2d
 
@@ -125,19 +125,15 @@ def _setup_context_bwd(ctx, inputs, output):
 
 def _backward_bwd(ctx, *second):
     """The gradient of the gradient, by the differentiable ops."""
-    recorded, saved = torch.is_grad_enabled(), list(ctx.saved_tensors)
+    saved = list(ctx.saved_tensors)
     f = saved.pop(-4)
-    with torch.enable_grad():
-        inputs = [x if x is None or x.requires_grad else x.detach().requires_grad_() for x in saved]
-        dy, *x, scale, noise, b = inputs
+
+    def first(dy, *tensors):
+        *x, scale, noise, b = tensors
         act = ctx.act, ctx.alpha, ctx.gain, ctx.clamp
-        first = filtered_bias_act_bwd_reference(dy, x, f, *ctx.filter_args, scale, noise, b, *act)
-        used = [i for i, d in enumerate(first) if d.requires_grad]
-        first, second = [first[i] for i in used], [second[i] for i in used]
-        wanted = [x for x in inputs if x is not None]
-        grads = torch.autograd.grad(first, wanted, second, create_graph=recorded, materialize_grads=True)
-    grads = iter(grads)
-    d_dy, *dx, d_scale, d_noise, d_b = (None if x is None else next(grads) for x in inputs)
+        return filtered_bias_act_bwd_reference(dy, x, f, *ctx.filter_args, scale, noise, b, *act)
+
+    d_dy, *dx, d_scale, d_noise, d_b = differentiate(first, saved, second)
     return d_dy, dx, *[None] * 4, d_scale, d_noise, d_b, *[None] * 4
 
 

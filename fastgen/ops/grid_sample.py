@@ -103,9 +103,11 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _backward_bwd(ctx, p, q):
-    dy, x, grid = ctx.saved_tensors
-    ddy, (_, dgrid) = _grid_sample(p, grid), _grid_sample_bwd(dy, p, grid)
+def grid_sample_bwd2_reference(
+    p: Tensor, q: Tensor, dy: Tensor, x: Tensor, grid: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of sum(p * dx) + sum(q * dgrid) in dy, x and grid; differentiable to any order."""
+    ddy, (_, dgrid) = _grid_sample(p, grid), grid_sample_bwd(dy, p, grid)
     y, g, positions, q = _same(x, dy.flatten(2)[:, :, None], grid, q.flatten(1, 2))
     q = q * _scale(y)
     values, index, a, b = _corners(y, positions)
@@ -123,15 +125,15 @@ _grid_sample = define(
     reference=grid_sample_reference,
     kernel=_kernel,
     fake=lambda x, grid: x.new_empty(*x.shape[:2], *grid.shape[1:3]),
-    backward=lambda ctx, dy: _grid_sample_bwd(dy, *ctx.saved_tensors),
+    backward=lambda ctx, dy: grid_sample_bwd(dy, *ctx.saved_tensors),
     setup_context=_setup_context,
 )
-_grid_sample_bwd = define(
+grid_sample_bwd = define(
     "grid_sample_bwd(Tensor dy, Tensor x, Tensor grid) -> (Tensor, Tensor)",
     reference=grid_sample_bwd_reference,
     kernel=_kernel_bwd,
     fake=lambda dy, x, grid: (x.new_empty(x.shape), grid.new_empty(grid.shape)),
-    backward=_backward_bwd,
+    backward=lambda ctx, p, q: grid_sample_bwd2_reference(p, q, *ctx.saved_tensors),
     setup_context=_setup_context,
 )
 

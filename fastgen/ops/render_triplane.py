@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define, require, require_same_device, require_shape, wide, without_autocast
+from ._define import (
+    define,
+    differentiate,
+    require,
+    require_same_device,
+    require_shape,
+    wide,
+    without_autocast,
+)
 from ._march import coarse_depths, ends, importance_depths, mean_depth, ray_limits, weights
 from ._render_blocks import backward, forward
 from .sample_triplane import projection, sample_triplane_reference
@@ -100,16 +108,13 @@ def _setup_context_bwd(ctx, inputs, output):
 def _backward_bwd(ctx, *second):
     """The gradient of the gradient, by the differentiable ops; memory grows with all samples here."""
     *inputs, origins, directions, depths = ctx.saved_tensors
-    recorded = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
-        (df, dd, dw), scene = inputs[:3], inputs[3:]
-        features, depth, weight = _composite(
-            *_decode(*scene, origins, directions, depths, ctx.matrix), depths, ctx.white_back
-        )
-        first = torch.autograd.grad((features, depth, weight), scene, (df, dd, dw), create_graph=True)
-        grads = torch.autograd.grad(first, inputs, second, create_graph=recorded, materialize_grads=True)
-    return *grads, *[None] * 5
+
+    def first(df, dd, dw, *scene):
+        decoded = _decode(*scene, origins, directions, depths, ctx.matrix)
+        outputs = _composite(*decoded, depths, ctx.white_back)
+        return torch.autograd.grad(outputs, scene, (df, dd, dw), create_graph=True)
+
+    return *differentiate(first, inputs, second), *[None] * 5
 
 
 _render_triplane = define(

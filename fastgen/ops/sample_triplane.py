@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._define import define, require, require_same_device, require_shape, wide
-from .grid_sample import grid_sample
+from ._define import define, differentiate, require, require_same_device, require_shape, wide
+from .grid_sample import grid_sample, grid_sample_bwd, grid_sample_bwd2_reference
 
 AXES = {"eg3d": (0, 1, 0, 2, 2, 0), "fixed": (0, 1, 0, 2, 2, 1)}
 
@@ -66,6 +66,36 @@ def project(points: Tensor, matrix: list[float]) -> Tensor:
     return torch.stack(rows, -1)
 
 
+def _unproject(dgrid: Tensor, matrix: list[float], coordinates: Tensor) -> Tensor:
+    """The gradient of project: [N, M, 6] to coordinates' [N, M, 3]."""
+    columns = []
+    for k in range(3):
+        terms = [dgrid[..., r] * matrix[3 * r + k] for r in range(6) if matrix[3 * r + k] != 0]
+        columns.append(sum(terms[1:], terms[0]) if terms else torch.zeros_like(dgrid[..., 0]))
+    return torch.stack(columns, -1).to(coordinates.dtype)
+
+
+def _to_grid(x: Tensor) -> Tensor:
+    """Columns and rows [N, M, 6] as grid_sample takes them [3 N, 1, M, 2], and back."""
+    return x.unflatten(-1, (3, 2)).transpose(1, 2).flatten(0, 1)[:, None]
+
+
+def _from_grid(x: Tensor) -> Tensor:
+    return x[:, 0].unflatten(0, (-1, 3)).transpose(1, 2).flatten(2)
+
+
+def _to_images(dy: Tensor, mean: bool) -> Tensor:
+    """Gradients of samples, of grid_sample's [3 N, C, 1, M]."""
+    dy = (wide(dy) / 3)[:, None].expand(-1, 3, -1, -1) if mean else dy
+    return dy.flatten(0, 1).mT[:, :, None]
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """y in x's layout."""
+    out = torch.empty_like(x)
+    return y if y.stride() == out.stride() else out.copy_(y)
+
+
 def sample_triplane_reference(
     planes: Tensor,  # [N, 3, C, H, W]
     coordinates: Tensor,  # [N, M, 3]
@@ -73,15 +103,142 @@ def sample_triplane_reference(
     mean: bool,
 ) -> Tensor:
     """sample_triplane of differentiable ops."""
-    grid = project(coordinates, projection).unflatten(-1, (3, 2)).transpose(1, 2)
-    out = grid_sample(planes.flatten(0, 1), grid.flatten(0, 1)[:, None]).unflatten(0, (planes.shape[0], 3))
-    out = out.squeeze(3).transpose(2, 3)
-    return wide(out).mean(1).to(planes.dtype) if mean else out
+    out = grid_sample(planes.flatten(0, 1), _to_grid(project(coordinates, projection)))
+    out = out.squeeze(2).unflatten(0, (planes.shape[0], 3)).transpose(2, 3)
+    return wide(out).mean(1).to(planes.dtype) if mean else out.contiguous()
+
+
+def sample_triplane_bwd_reference(
+    dy: Tensor,  # [N, 3, M, C] or [N, M, C]
+    planes: Tensor,
+    coordinates: Tensor,
+    projection: list[float],
+    mean: bool,
+    need_planes: bool,
+    need_coordinates: bool,
+) -> tuple[Tensor, Tensor]:
+    """dplanes and dcoordinates for the gradient dy of the samples; what is not needed has shape [0]."""
+    grid = _to_grid(project(coordinates, projection))
+    dplanes, dgrid = grid_sample_bwd(_to_images(dy, mean), planes.flatten(0, 1), grid)
+    return (
+        _like(dplanes.view(planes.shape), planes) if need_planes else planes.new_empty(0),
+        _unproject(_from_grid(dgrid), projection, coordinates)
+        if need_coordinates
+        else coordinates.new_empty(0),
+    )
+
+
+def sample_triplane_bwd2_reference(
+    ddplanes: Tensor | None,  # None for zeros
+    ddcoordinates: Tensor | None,
+    dy: Tensor,
+    planes: Tensor,
+    coordinates: Tensor,
+    projection: list[float],
+    mean: bool,
+    need_dy: bool,
+    need_planes: bool,
+    need_coordinates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of sum(ddplanes * dplanes) + sum(ddcoordinates * dcoordinates) the gradients in the other tensors."""
+    p = torch.zeros_like(planes) if ddplanes is None else ddplanes
+    q = torch.zeros_like(coordinates) if ddcoordinates is None else ddcoordinates
+    grid, q = (_to_grid(project(x, projection)) for x in (coordinates, q))
+    g = _to_images(dy, mean)
+    ddy, dplanes, dgrid = grid_sample_bwd2_reference(p.flatten(0, 1), q, g, planes.flatten(0, 1), grid)
+    ddy = ddy.squeeze(2).unflatten(0, (planes.shape[0], 3)).transpose(2, 3)
+    ddy = (wide(ddy).mean(1) if mean else ddy).to(dy.dtype).contiguous()
+    return (
+        ddy if need_dy else dy.new_empty(0),
+        _like(dplanes.view(planes.shape), planes) if need_planes else planes.new_empty(0),
+        _unproject(_from_grid(dgrid), projection, coordinates)
+        if need_coordinates
+        else coordinates.new_empty(0),
+    )
+
+
+def _fake(planes, coordinates, projection, mean):
+    n, _, c, _, _ = planes.shape
+    m = coordinates.shape[1]
+    return planes.new_empty((n, m, c) if mean else (n, 3, m, c))
+
+
+def _fake_bwd(dy, planes, coordinates, projection, mean, need_planes, need_coordinates):
+    return (
+        torch.empty_like(planes) if need_planes else planes.new_empty(0),
+        coordinates.new_empty(coordinates.shape if need_coordinates else 0),
+    )
+
+
+def _fake_bwd2(p, q, dy, *args):
+    *args, need_dy, need_planes, need_coordinates = args
+    return dy.new_empty(dy.shape if need_dy else 0), *_fake_bwd(dy, *args, need_planes, need_coordinates)
+
+
+def _setup_context(ctx, inputs, output):
+    planes, coordinates, ctx.matrix, ctx.mean = inputs
+    ctx.save_for_backward(planes, coordinates)
+
+
+def _backward(ctx, dy):
+    needs = ctx.needs_input_grad[:2]
+    grads = _sample_triplane_bwd(dy, *ctx.saved_tensors, ctx.matrix, ctx.mean, *needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+
+
+def _setup_context_bwd(ctx, inputs, output):
+    dy, planes, coordinates, ctx.matrix, ctx.mean, _, _ = inputs
+    ctx.save_for_backward(dy, planes, coordinates)
+    # A gradient that nobody made is None, not zeros as large as the planes.
+    ctx.set_materialize_grads(False)
+
+
+def _backward_bwd(ctx, p, q):
+    if p is None and q is None:
+        return (None,) * 7
+    needs = ctx.needs_input_grad[:3]
+    needs = [needs[0], needs[1] and q is not None, needs[2]]
+    grads = _sample_triplane_bwd2(p, q, *ctx.saved_tensors, ctx.matrix, ctx.mean, *needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
+
+
+def _setup_context_bwd2(ctx, inputs, output):
+    *tensors, ctx.matrix, ctx.mean, _, _, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_bwd2(ctx, *third):
+    """Through the differentiable reference: higher derivatives are rare."""
+
+    def second(*tensors):
+        return sample_triplane_bwd2_reference(*tensors, ctx.matrix, ctx.mean, True, True, True)
+
+    return *differentiate(second, ctx.saved_tensors, third), *[None] * 5
 
 
 _sample_triplane = define(
     "sample_triplane(Tensor planes, Tensor coordinates, float[] projection, bool mean) -> Tensor",
     reference=sample_triplane_reference,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_sample_triplane_bwd = define(
+    "sample_triplane_bwd(Tensor dy, Tensor planes, Tensor coordinates, float[] projection, bool mean,"
+    " bool need_planes, bool need_coordinates) -> (Tensor, Tensor)",
+    reference=sample_triplane_bwd_reference,
+    fake=_fake_bwd,
+    backward=_backward_bwd,
+    setup_context=_setup_context_bwd,
+)
+_sample_triplane_bwd2 = define(
+    "sample_triplane_bwd2(Tensor? ddplanes, Tensor? ddcoordinates, Tensor dy, Tensor planes,"
+    " Tensor coordinates, float[] projection, bool mean, bool need_dy, bool need_planes,"
+    " bool need_coordinates) -> (Tensor, Tensor, Tensor)",
+    reference=sample_triplane_bwd2_reference,
+    fake=_fake_bwd2,
+    backward=_backward_bwd2,
+    setup_context=_setup_context_bwd2,
 )
 
 
@@ -98,7 +255,8 @@ def sample_triplane(
     (z, x), as the released EG3D checkpoints have it, 'fixed' (x, y), (x, z), (z, y). Other axes are nested
     lists of numbers, or a tensor; but that is read on the host at each call: a wait for its device, and no
     tracing by torch.compile or torch.export. They get no gradient.
-    Returns:   [N, 3, M, C], or [N, M, C] for the mean over planes, dtype of planes.
+    Returns:   [N, 3, M, C], or [N, M, C] for the mean over planes, dtype of planes. Planes' gradient comes in
+               their layout; channels-last planes are the fast ones.
     Raises:    ValueError on shapes and values, TypeError on dtypes.
     Precision: computes in float32 (float64 for float64); differentiable twice in planes and coordinates.
     Source:    Chan et al. 2022, sec. 3.2.

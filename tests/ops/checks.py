@@ -143,6 +143,18 @@ class OpChecks:
         assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
         assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
+    def test_gradient_penalty(self, case, device):
+        # Of a loss whose gradient dy depends on the inputs itself, unlike gradgradcheck's.
+        def penalty(run):
+            inputs = case.make(torch.float64, device)
+            wanted = [x for x in inputs.values() if x is not None and x.requires_grad]
+            grads = torch.autograd.grad(run(case, inputs).square().sum(), wanted, create_graph=True)
+            total = sum(grad.square().sum() for grad in grads)
+            return torch.autograd.grad(total, wanted, materialize_grads=True)
+
+        for got, want in zip(penalty(self.run), penalty(self.reference), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * want.abs().max().item())
+
     @pytest.mark.parametrize("layout", ["strided", "transposed", "channels_last", "expanded"])
     def test_layout(self, case, device, layout, poisoned):
         inputs = case.make(device=device)

@@ -5,7 +5,9 @@ import torch
 from accuracy import assert_accurate
 from ops.checks import Case, OpChecks
 
+import fastgen
 from fastgen import ops
+from fastgen.ops._define import choice
 
 # For each plane the coordinate along its columns and along its rows.
 AXES = {"eg3d": ["xy", "xz", "zx"], "fixed": ["xy", "xz", "zy"]}
@@ -57,6 +59,8 @@ class TestSampleTriplane(OpChecks):
         case("sheared", (1, 3, 2, 4, 4), 60, SHEARED),
         case("one_pixel", (2, 3, 1, 1, 1), 9),
         case("no_points", (2, 3, 2, 4, 4), 0),
+        case("whole_vectors", (2, 3, 16, 5, 5), 30, "fixed", reduce="mean"),
+        case("many_points", (1, 3, 20, 5, 5), 300, box_warp=2),
     ]
     errors = [
         ({"planes": 1}, TypeError, "sample_triplane: planes must be a tensor, got int"),
@@ -124,6 +128,114 @@ class TestSampleTriplane(OpChecks):
         assert_accurate(self.run(case, inputs), definition(**inputs, **case.params))
 
 
+def differentiate(planes, coordinates, **params):
+    """The samples, their gradients, and gradients of these."""
+    out = ops.sample_triplane(planes, coordinates, **params)
+    random = torch.Generator().manual_seed(2)
+    dy, p, q = (
+        # Numbers that every dtype has.
+        torch.randn(x.shape, generator=random).bfloat16().to(x).requires_grad_()
+        for x in (out, planes, coordinates)
+    )
+    first = torch.autograd.grad(out, (planes, coordinates), dy, create_graph=True)
+    return out, *first, *torch.autograd.grad(first, (dy, planes, coordinates), (p, q))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [3, 32])
+@pytest.mark.parametrize("m", [9, 150])
+def test_channels_last(channels, m, dtype, device, poisoned):
+    # The planes of one image of 3 C channels, as a backbone makes them.
+    image = torch.randn(2, 3 * channels, 20, 15).bfloat16().to(device, dtype)
+    planes = image.contiguous(memory_format=torch.channels_last).view(2, 3, channels, 20, 15)
+    assert planes.stride(2) == 1
+    coordinates = points(2, m)().to(device)
+    for reduce in (None, "mean"):
+        got, want, exact = (
+            differentiate(x.detach().requires_grad_(), y.requires_grad_(), reduce=reduce)
+            for x, y in (
+                (planes, coordinates),
+                (planes.contiguous(), coordinates),
+                (planes.double(), coordinates.detach().double()),
+            )
+        )
+        for x, y, z in zip(got, want, exact, strict=True):
+            assert_accurate(x, z, y)
+        if choice() != "reference":
+            assert got[1].stride() == got[4].stride() == planes.stride()
+
+
+def test_what_needs_no_gradient_gets_none(device):
+    planes, coordinates = torch.randn(2, 3, 4, 5, 5, device=device), points(2, 30)().to(device)
+    both = differentiate(planes.requires_grad_(), coordinates.requires_grad_())
+    dy = torch.randn(both[0].shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(both[0])
+    only = torch.autograd.grad(ops.sample_triplane(planes, coordinates.detach()), planes, dy)[0]
+    torch.testing.assert_close(only, both[1])
+    only = torch.autograd.grad(ops.sample_triplane(planes.detach(), coordinates), coordinates, dy)[0]
+    torch.testing.assert_close(only, both[2])
+
+
+def test_second_derivatives_of_one_gradient(device):
+    inputs = torch.randn(1, 3, 4, 5, 5).double(), points(1, 20)().double()
+    planes, coordinates = (x.to(device).requires_grad_() for x in inputs)
+
+    def gradient(wanted):
+        def function(planes, coordinates):
+            out = ops.sample_triplane(planes, coordinates, reduce="mean")
+            inputs = planes, coordinates
+            return torch.autograd.grad(out.square().sum(), inputs[wanted], create_graph=True)
+
+        return function
+
+    for wanted in range(2):
+        assert torch.autograd.gradcheck(gradient(wanted), (planes, coordinates), fast_mode=True)
+
+
+def test_third_derivatives(device):
+    inputs = torch.randn(1, 3, 2, 5, 5).double(), points(1, 10)().double()
+    tensors = [x.to(device).requires_grad_() for x in inputs]
+
+    def gradients(planes, coordinates):
+        out = ops.sample_triplane(planes, coordinates)
+        return torch.autograd.grad(out.pow(3).sum(), (planes, coordinates), create_graph=True)
+
+    assert torch.autograd.gradgradcheck(gradients, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("reduce", [None, "mean"])
+def test_positions_that_are_not_finite(reduce):
+    planes, coordinates = torch.randn(1, 3, 4, 5, 5), points(1, 8)()
+    coordinates[0, 0, 0], coordinates[0, 1, 1], coordinates[0, 2, 2] = torch.nan, torch.inf, -torch.inf
+    coordinates[0, 3] = torch.tensor([1e30, 0, -1e30])
+
+    def run(*tensors):
+        planes, coordinates = (x.requires_grad_() for x in tensors)
+        out = ops.sample_triplane(planes, coordinates, reduce=reduce)
+        dy = torch.ones_like(out)
+        return out, *torch.autograd.grad(out, (planes, coordinates), dy)
+
+    got = run(planes.clone(), coordinates.clone())
+    with fastgen.backend("reference"):
+        want = run(planes.double(), coordinates.double())
+    for x, y in zip(got, want, strict=True):
+        assert_accurate(x, y)
+
+
+def test_threads_do_not_change_gradients():
+    before = torch.get_num_threads()
+    planes, coordinates = torch.randn(1, 3, 20, 7, 9), points(1, 5000)()
+    results = []
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(differentiate(planes.requires_grad_(), coordinates.requires_grad_()))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for x, y in zip(result, results[0], strict=True):
+            assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_planes_keep_float32_positions(dtype):
     # Rounding positions to bfloat16 would move samples by a pixel of these planes.
@@ -131,6 +243,18 @@ def test_16_bit_planes_keep_float32_positions(dtype):
     coordinates = torch.rand(1, 100, 3) - 0.5
     got = ops.sample_triplane(ramp, coordinates)
     assert_accurate(got, ops.sample_triplane(ramp.double(), coordinates.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("x", [0, 0.25, -0.3])
+def test_every_16_bit_number(dtype, x, device):
+    # Planes of one pixel, whose share is 1, 1/2 and 2/5: read and rounded as PyTorch does.
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).to(device)
+    coordinates = torch.tensor([x, 0, 0], dtype=torch.float32, device=device).expand(4096, 1, 3)
+    planes = numbers.view(4096, 1, 16, 1, 1).expand(-1, 3, -1, -1, -1)
+    got = ops.sample_triplane(planes, coordinates)[:, 0].flatten()
+    share = 1 - (coordinates[0, 0, 0] * 2 + 1).sub(1).div(2).abs()
+    torch.testing.assert_close(got, (numbers.float() * share).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_axes_as_a_tensor_are_the_named_ones():
