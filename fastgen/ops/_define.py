@@ -90,9 +90,9 @@ def without_autocast(function: Callable) -> Callable:
 
 
 def differentiate(function: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list:
-    """The gradients in the inputs, for `grads` of a tuple that the function makes of them by differentiable ops.
+    """The gradients in the inputs, for `grads` of a tuple that the function makes of them by ops of autograd.
 
-    Those of no element's shape are left out. Differentiable again; the inputs' own past takes no part.
+    Those that have no element's shape are left out. Differentiable again; the inputs' own past takes no part.
     """
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():

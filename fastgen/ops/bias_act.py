@@ -51,7 +51,8 @@ def _first(act: str, v: Tensor, alpha: float) -> Tensor:
     if act == "linear":
         return torch.ones_like(v)
     if act in ("relu", "lrelu"):
-        return torch.where(v > 0, 1.0, alpha if act == "lrelu" else 0.0).to(v.dtype)
+        # Of two numbers `where` would make a float32, and round the slope to it.
+        return torch.where(v > 0, torch.ones_like(v), alpha if act == "lrelu" else 0.0)
     if act == "tanh":
         return 1 - v.tanh().square()
     if act == "elu":
