@@ -223,11 +223,11 @@ FASTGEN_INLINE void add_outer_any(const T* a, int64_t a_stride, int64_t n, const
 
 // Out of line, since they are long and compiled once for every instruction set.
 #define FASTGEN_FOR(T)                                                                                      \
-  FASTGEN_SIMD static void multiply(const Product<T>& p, int64_t rows) {                                    \
+  [[maybe_unused]] FASTGEN_SIMD static void multiply(const Product<T>& p, int64_t rows) {                   \
     multiply_any<T>(p, rows);                                                                               \
   }                                                                                                         \
-  FASTGEN_SIMD static void add_outer(const T* a, int64_t a_stride, int64_t n, const T* b, int64_t b_stride, \
-                                     int64_t m, T* c, int64_t columns) {                                    \
+  [[maybe_unused]] FASTGEN_SIMD static void add_outer(const T* a, int64_t a_stride, int64_t n, const T* b,  \
+                                                      int64_t b_stride, int64_t m, T* c, int64_t columns) { \
     add_outer_any<T>(a, a_stride, n, b, b_stride, m, c, columns);                                           \
   }
 FASTGEN_FOR(float)
