@@ -151,18 +151,19 @@ FASTGEN_SIMD void transform_inputs(const Job& job, int row, int64_t first, int64
 }
 
 // m = a b for `rows` rows of a, `stride` apart, and k rows of b. `next` is fetched meanwhile.
-template <int rows, int vectors>
+template <class V, int rows, int vectors>
 FASTGEN_INLINE void tile_product(const float* a, int64_t stride, int64_t k, const float* b, int64_t width,
                                  float* m, const float* next) {
-  Floats sums[rows][vectors] = {};
+  constexpr int64_t n = sizeof(V) / sizeof(float);
+  V sums[rows][vectors] = {};
   // Addresses of three rows each: the processor adds up to twice the stride on its own.
   const float* row[rows / 3];
 #pragma GCC unroll 4
   for (int i = 0; i < rows / 3; ++i) row[i] = a + 3 * i * stride;
   for (int64_t j = 0; j < k; ++j, b += width, next += lane) {
     __builtin_prefetch(next, 0, 2);
-    Floats values[vectors];
-    for (int v = 0; v < vectors; ++v) values[v] = load(b + v * lane);
+    V values[vectors];
+    for (int v = 0; v < vectors; ++v) std::memcpy(&values[v], b + v * n, sizeof(V));
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i) {
       const float value = row[i / 3][i % 3 * stride];
@@ -173,28 +174,31 @@ FASTGEN_INLINE void tile_product(const float* a, int64_t stride, int64_t k, cons
   }
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i) {
-    for (int v = 0; v < vectors; ++v) store(m + i * panel + v * lane, sums[i][v]);
+    for (int v = 0; v < vectors; ++v) std::memcpy(m + i * panel + v * n, &sums[i][v], sizeof(V));
   }
 }
 
-// m [rows, panel] = a [rows, k] times b [k, width], with sums for 12 rows and 32 columns in 24 registers, or
-// for 6 and 16, which are 12 registers of AVX2. The weights that follow b, of the next product, are fetched.
+// m [rows, panel] = a [rows, k] times b [k, width]. The weights that follow b, of the next product, are
+// fetched. The sums of a tile are 12 by 32, in 24 registers of AVX-512, or 6 by 16, in 12 of AVX2.
 FASTGEN_SIMD void multiply_large(const float* a, int64_t stride, int64_t rows, int64_t k, const float* b,
                                  int64_t width, float* m) {
   for (int64_t i = 0; i < rows; i += 12) {
     const float* next = b + k * width + (i / 12 % 2) * k * lane;
     if (width == panel) {
-      tile_product<12, 2>(a + i * stride, stride, k, b, panel, m + i * panel, next);
+      tile_product<Floats, 12, 2>(a + i * stride, stride, k, b, panel, m + i * panel, next);
     } else {
-      tile_product<12, 1>(a + i * stride, stride, k, b, lane, m + i * panel, next);
+      tile_product<Floats, 12, 1>(a + i * stride, stride, k, b, lane, m + i * panel, next);
     }
   }
 }
 FASTGEN_SIMD void multiply_small(const float* a, int64_t stride, int64_t rows, int64_t k, const float* b,
                                  int64_t width, float* m) {
+  // Longer vectors than a register are slow in long functions.
+  typedef float Half __attribute__((vector_size(32)));
   for (int64_t c = 0; c < width; c += lane) {
     for (int64_t i = 0; i < rows; i += 6) {
-      tile_product<6, 1>(a + i * stride, stride, k, b + c, width, m + i * panel + c, b + k * width + c * k);
+      tile_product<Half, 6, 2>(a + i * stride, stride, k, b + c, width, m + i * panel + c,
+                               b + k * width + c * k);
     }
   }
 }
