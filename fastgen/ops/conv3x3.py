@@ -2,10 +2,11 @@
 
     y[n,o] = sum_i,k x[n,i] (shifted by k) weight[o,i,k]
 
-The compiled kernel is Winograd's F(2x2, 3x3), which takes 4/9 of the products. It reads and writes memory
-[N, H, W, C]; any other layout of x is copied first. Its rounding errors are below those of a direct sum,
-whose chains of additions are 9 times as long. The gradient of x is the same convolution with the weight
-turned by 180 degrees and its channels exchanged; that of the weight is PyTorch's.
+The compiled kernels are Winograd's F(2x2, 3x3), which takes 4/9 of the products. They read and write memory
+[N, H, W, C]; any other layout is copied first. Their rounding errors are below those of a direct sum, whose
+chains of additions are longer. The gradient of x is the same convolution with the weight turned by 180
+degrees and its channels exchanged; that of the weight is a second op; the derivatives of both are these two
+again.
 """
 
 import torch
@@ -22,7 +23,7 @@ def conv3x3_reference(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def conv3x3_dw_reference(dy: Tensor, x: Tensor) -> Tensor:
-    """The gradient of conv3x3's weight; of differentiable operations."""
+    """The gradient of conv3x3's weight, by PyTorch."""
     dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
     weight = x.new_empty(1).expand(dy.shape[1], x.shape[1], 3, 3)
     arguments = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
@@ -44,8 +45,18 @@ def _backward(ctx, dy):
     if ctx.needs_input_grad[0]:
         dx = _conv3x3(dy, weight.flip([2, 3]).transpose(0, 1))
     if ctx.needs_input_grad[1]:
-        dw = conv3x3_dw_reference(dy, x)
+        dw = _conv3x3_dw(dy, x)
     return dx, dw
+
+
+def _backward_dw(ctx, ddw):
+    dy, x = ctx.saved_tensors
+    ddy = dx = None
+    if ctx.needs_input_grad[0]:
+        ddy = _conv3x3(x, ddw)
+    if ctx.needs_input_grad[1]:
+        dx = _conv3x3(dy, ddw.flip([2, 3]).transpose(0, 1))
+    return ddy, dx
 
 
 _conv3x3 = define(
@@ -55,6 +66,19 @@ _conv3x3 = define(
     backward=_backward,
     setup_context=_setup_context,
 )
+_conv3x3_dw = define(
+    "conv3x3_dw(Tensor dy, Tensor x) -> Tensor",
+    reference=conv3x3_dw_reference,
+    fake=lambda dy, x: x.new_empty(dy.shape[1], x.shape[1], 3, 3),
+    backward=_backward_dw,
+    setup_context=_setup_context,
+)
+
+
+def pays(x: Tensor, weight: Tensor, padding: list[int]) -> bool:
+    """Is this convolution, with padding [x0, x1, y0, y1], one that the kernel is the fastest at?"""
+    fits = x.dtype == torch.float32 and list(weight.shape[2:]) == [3, 3] and padding == [1] * 4
+    return fits and min(weight.shape[:2]) >= 32 and x.shape[2] * x.shape[3] >= 64
 
 
 def conv3x3(

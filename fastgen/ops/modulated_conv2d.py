@@ -38,7 +38,7 @@ from .conv2d_resample import (
     padding_after_transposed,
     phases_of_weight,
 )
-from .conv3x3 import conv3x3
+from .conv3x3 import conv3x3, pays
 from .filtered_bias_act import filtered_bias_act
 from .fma import fma
 
@@ -164,9 +164,7 @@ def _fused(
         w = w.flip([2, 3]) if flip and (kh > 1 or kw > 1) else w
         weights = [w] if up == 1 or records else phases_of_weight(w)
     if up == 1:
-        winograd = x.dtype == torch.float32 and (kh, kw) == (3, 3) and padding == [1] * 4
-        winograd = winograd and min(weight.shape[:2]) >= 32 and min(x.shape[2:]) >= 16
-        y = [conv3x3(x, *weights) if winograd else convolve(x, *weights, padding)]
+        y = [conv3x3(x, *weights) if pays(x, *weights, padding) else convolve(x, *weights, padding)]
         f, filter_padding = None, [0] * 4
     else:
         y = convolve_transposed(x, weights)

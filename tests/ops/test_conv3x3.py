@@ -6,7 +6,7 @@ from accuracy import assert_accurate
 from ops.checks import Case, OpChecks, exact_copy, gradients
 
 from fastgen import _backends
-from fastgen.ops.conv3x3 import conv3x3, conv3x3_reference
+from fastgen.ops.conv3x3 import conv3x3, conv3x3_dw_reference, conv3x3_reference
 
 
 def case(name, x, channels):
@@ -86,19 +86,27 @@ def test_accuracy_on_other_inputs(kind, i, o):
     x, weight = KINDS[kind](torch.randn(1, i, 16, 16), torch.randn(o, i, 3, 3))
     exact = conv3x3_reference(x.double(), weight.double())
     assert_accurate(conv3x3(x, weight), exact, conv3x3_reference(x, weight))
+    dy = torch.randn(1, o, 16, 16) + weight.mean()
+    exact, same = conv3x3_dw_reference(dy.double(), x.double()), conv3x3_dw_reference(dy, x)
+    assert_accurate(torch.ops.fastgen.conv3x3_dw(dy, x), exact, same)
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 64, 64), (1, 128, 6, 6), (5, 20, 3, 5)])
+@pytest.mark.parametrize("shape", [(1, 16, 64, 64), (1, 200, 6, 6), (5, 20, 3, 5)])
 def test_threads_agree(shape):
-    x, weight, threads = torch.randn(shape), torch.randn(100, shape[1], 3, 3), torch.get_num_threads()
+    x, weight, threads = torch.randn(shape), torch.randn(170, shape[1], 3, 3), torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 9):
             torch.set_num_threads(count)
-            results.append(conv3x3(x, weight))
+            y = conv3x3(x, weight)
+            results.append((y, torch.ops.fastgen.conv3x3_dw(y, x)))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], result) for result in results)
+    for y, dw in results:
+        assert torch.equal(y, results[0][0]) and torch.equal(dw, results[0][1])
+    y = results[0][0]
+    exact, same = conv3x3_dw_reference(y.double(), x.double()), conv3x3_dw_reference(y, x)
+    assert_accurate(results[0][1], exact, same)
 
 
 def test_channels_last_comes_out(device):
@@ -133,3 +141,5 @@ def test_kernel_refuses_other_dtypes():
             RuntimeError, match="conv3x3: x and weight must be float32, got Double and Double"
         ):
             torch.ops.fastgen.conv3x3(x, x.new_zeros(2, 2, 3, 3))
+        with pytest.raises(RuntimeError, match="conv3x3_dw: dy and x must be float32, got Double and Double"):
+            torch.ops.fastgen.conv3x3_dw(x, x)
