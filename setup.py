@@ -4,7 +4,7 @@ Metadata is in pyproject.toml. The build needs no GPU and downloads nothing. Env
     FASTGEN_CUDA          auto (default): build the CUDA library, or say why not; 1: or fail; 0: skip it
     CUDA_HOME             the toolkit to use; else the one that the nvcc on PATH names, else /usr/local/cuda
     TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"            MAX_JOBS  parallel compilations
-    FASTGEN_SANITIZE      1: the CPU library stops at undefined behaviour and bad addresses, see `make sanitize`
+    FASTGEN_SANITIZE      1: the CPU library stops at bad addresses and undefined behaviour (make sanitize)
 """
 
 import os

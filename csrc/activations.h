@@ -147,11 +147,12 @@ FASTGEN_INLINE T value(T v, T alpha) {
   if constexpr (A == Activation::swish) return v * sigmoid(v);
 }
 
+// At NaN that of relu, elu and selu is the one of the positive side, as torch has it.
 template <Activation A, class T>
 FASTGEN_INLINE T first_derivative(T v, T alpha) {
   constexpr T selu_scale = T(1.0507009873554804934), selu_alpha = T(1.6732632423543772848);
   if constexpr (A == Activation::linear) return T(1);
-  if constexpr (A == Activation::relu) return v <= 0 ? T(0) : T(1);  // 1 at NaN, as torch
+  if constexpr (A == Activation::relu) return v <= 0 ? T(0) : T(1);
   if constexpr (A == Activation::lrelu) return v > 0 ? T(1) : alpha;
   if constexpr (A == Activation::tanh) {
     const T t = value<A>(v, alpha);
@@ -161,8 +162,8 @@ FASTGEN_INLINE T first_derivative(T v, T alpha) {
     const T s = sigmoid(v);
     return s * (T(1) - s);
   }
-  if constexpr (A == Activation::elu) return v > 0 ? T(1) : math::exp(v);
-  if constexpr (A == Activation::selu) return selu_scale * (v > 0 ? T(1) : selu_alpha * math::exp(v));
+  if constexpr (A == Activation::elu) return v <= 0 ? math::exp(v) : T(1);
+  if constexpr (A == Activation::selu) return selu_scale * (v <= 0 ? selu_alpha * math::exp(v) : T(1));
   if constexpr (A == Activation::softplus) return v > 20 ? T(1) : sigmoid(v);
   if constexpr (A == Activation::swish) {
     const T s = sigmoid(v);

@@ -6,8 +6,8 @@ Where the clamp does not bite, dx = dy gain f'(v), which is linear in dy, and fo
 
     d/d dy <dx, h> = h gain f'(v),      d/dv <dx, h> = h dy gain f''(v);
 
-where it bites, and on its bounds, all of them are zero. So three elementwise ops give two orders of derivative. They keep x and
-compute f anew; a linear op without a clamp keeps nothing.
+where it bites, and on its bounds, all of them are zero. So three elementwise ops give two orders of
+derivative. They keep x and compute f anew; a linear op without a clamp keeps nothing.
 """
 
 import math
@@ -57,9 +57,9 @@ def _first(act: str, v: Tensor, alpha: float) -> Tensor:
     if act == "tanh":
         return 1 - v.tanh().square()
     if act == "elu":
-        return torch.where(v > 0, 1, v.exp())
+        return torch.where(v <= 0, v.exp(), 1)
     if act == "selu":
-        return _SELU_SCALE * torch.where(v > 0, 1, _SELU_ALPHA * v.exp())
+        return _SELU_SCALE * torch.where(v <= 0, _SELU_ALPHA * v.exp(), 1)
     s = v.sigmoid()
     if act == "sigmoid":
         return s * (1 - s)
