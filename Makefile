@@ -7,7 +7,9 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 # The GPU checks run where nothing can be installed too: there the checkout itself is used, with PYTHON.
 HERE = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test bench gpu lint format clean install
+CHECKED := build/sanitize/lib
+
+.PHONY: demo test bench gpu fuzz sanitize lint format clean install
 
 demo: $(STAMP)
 	$(BIN)/fastgen demo --out "$(OUT)/demo"
@@ -33,6 +35,20 @@ gpu:
 	    $(HERE) -m pytest -m gpu tests/ops -k "upfirdn2d or bias_act"; fi
 	$(HERE) -m pytest benchmarks --benchmark-json="$(OUT)/bench.json"
 	$(HERE) benchmarks/report.py "$(OUT)/bench.json" --out "$(OUT)"
+
+# Random calls of the ops, many of them; then tensors beyond 2^31 elements, where 14 GB of memory are free.
+fuzz: $(STAMP)
+	FASTGEN_FUZZ=2000 $(BIN)/python -m pytest tests/ops/test_fuzz.py
+	FASTGEN_BIG=1 $(BIN)/python -m pytest tests/ops/test_robust.py
+
+# The ops' tests on a copy of the package whose CPU library checks addresses and undefined behaviour (GCC).
+sanitize: $(STAMP)
+	FASTGEN_SANITIZE=1 FASTGEN_CUDA=0 $(BIN)/python setup.py build --build-base build/sanitize --build-lib $(CHECKED)
+	rm -rf $(CHECKED)/tests
+	cp -r tests pyproject.toml $(CHECKED)
+	cd $(CHECKED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$(foreach lib,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))" \
+	  $(CURDIR)/$(BIN)/python -m pytest tests/ops
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

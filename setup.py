@@ -4,6 +4,7 @@ Metadata is in pyproject.toml. The build needs no GPU and downloads nothing. Env
     FASTGEN_CUDA          auto (default): build the CUDA library, or say why not; 1: or fail; 0: skip it
     CUDA_HOME             the toolkit to use; else the one that the nvcc on PATH names, else /usr/local/cuda
     TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"            MAX_JOBS  parallel compilations
+    FASTGEN_SANITIZE      1: the CPU library stops at bad addresses and undefined behaviour (make sanitize)
 """
 
 import os
@@ -43,6 +44,11 @@ CUDA = os.environ.get("FASTGEN_CUDA", "auto")
 if CUDA not in ("auto", "0", "1"):
     sys.exit(f"FASTGEN_CUDA must be auto, 0 or 1, got {CUDA!r}")
 
+SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-DFASTGEN_NO_CLONES"]
+SANITIZE += ["-fsanitize=address,undefined,float-cast-overflow"]
+if os.environ.get("FASTGEN_SANITIZE") != "1":
+    SANITIZE = []
+
 
 def say(text):
     print(f"fastgen: {text}", file=sys.stderr, flush=True)
@@ -75,9 +81,10 @@ def extension(kind, name, folder, macros=()):
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_TORCH), *macros],
         extra_compile_args={
-            "cxx": ["-O3", "-fvisibility=hidden", "-Wno-psabi"],
+            "cxx": ["-O3", "-fvisibility=hidden", "-Wno-psabi", *SANITIZE],
             "nvcc": ["-O3", "-lineinfo"],
         },
+        extra_link_args=[flag for flag in SANITIZE if flag.startswith("-fsanitize")],
         py_limited_api=True,
     )
 

@@ -147,11 +147,12 @@ FASTGEN_INLINE T value(T v, T alpha) {
   if constexpr (A == Activation::swish) return v * sigmoid(v);
 }
 
+// At NaN that of relu, elu and selu is the one of the positive side, as torch has it.
 template <Activation A, class T>
 FASTGEN_INLINE T first_derivative(T v, T alpha) {
   constexpr T selu_scale = T(1.0507009873554804934), selu_alpha = T(1.6732632423543772848);
   if constexpr (A == Activation::linear) return T(1);
-  if constexpr (A == Activation::relu) return v > 0 ? T(1) : T(0);
+  if constexpr (A == Activation::relu) return v <= 0 ? T(0) : T(1);
   if constexpr (A == Activation::lrelu) return v > 0 ? T(1) : alpha;
   if constexpr (A == Activation::tanh) {
     const T t = value<A>(v, alpha);
@@ -161,8 +162,8 @@ FASTGEN_INLINE T first_derivative(T v, T alpha) {
     const T s = sigmoid(v);
     return s * (T(1) - s);
   }
-  if constexpr (A == Activation::elu) return v > 0 ? T(1) : math::exp(v);
-  if constexpr (A == Activation::selu) return selu_scale * (v > 0 ? T(1) : selu_alpha * math::exp(v));
+  if constexpr (A == Activation::elu) return v <= 0 ? math::exp(v) : T(1);
+  if constexpr (A == Activation::selu) return selu_scale * (v <= 0 ? selu_alpha * math::exp(v) : T(1));
   if constexpr (A == Activation::softplus) return v > 20 ? T(1) : sigmoid(v);
   if constexpr (A == Activation::swish) {
     const T s = sigmoid(v);
@@ -195,7 +196,7 @@ FASTGEN_INLINE T second_derivative(T v, T alpha) {
 }
 
 // order 0: clamp(f(v) gain); 1: its derivative times g; 2: its second derivative times g. clamp < 0 means
-// none; a value on the bound counts as not clamped.
+// none; a value on the bound counts as clamped.
 template <Activation A, int order, class T>
 FASTGEN_INLINE T activate(T v, T g, T alpha, T gain, T clamp) {
   const T y = value<A>(v, alpha) * gain;
@@ -204,7 +205,7 @@ FASTGEN_INLINE T activate(T v, T g, T alpha, T gain, T clamp) {
     return clamp < 0 ? y : (low > clamp ? clamp : low);
   } else {
     const T d = order == 1 ? first_derivative<A>(v, alpha) : second_derivative<A>(v, alpha);
-    const bool inside = clamp < 0 || (y >= -clamp && y <= clamp);
+    const bool inside = clamp < 0 || (y > -clamp && y < clamp);
     return inside ? d * gain * g : T(0);
   }
 }

@@ -24,8 +24,11 @@
 #endif
 
 // A function with this mark is compiled for several instruction sets, and the loader picks one. What it calls
-// must be FASTGEN_INLINE to be compiled along with it.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+// must be FASTGEN_INLINE to be compiled along with it. The loader picks before a sanitizer's runtime has
+// started: builds with one define FASTGEN_NO_CLONES.
+#if defined(FASTGEN_NO_CLONES)
+#define FASTGEN_SIMD
+#elif defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define FASTGEN_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

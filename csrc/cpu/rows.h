@@ -74,7 +74,7 @@ struct LeakyRelu {
       row[i] = y > high ? high : y;
     }
   }
-  // Multiplies dy by the derivative at v. A value on the bound counts as not clamped.
+  // Multiplies dy by the derivative at v. A value on the bound counts as clamped.
   FASTGEN_INLINE void derivative(const T* __restrict__ v, T* __restrict__ dy, int64_t n) const {
     const T above = gain, below = slope * gain;
     if (clamp < 0) {
@@ -82,7 +82,7 @@ struct LeakyRelu {
     } else {
       for (int64_t i = 0; i < n; ++i) {
         const T y = (v[i] > 0 ? v[i] : v[i] * slope) * gain, dx = dy[i] * (v[i] > 0 ? above : below);
-        dy[i] = y >= -clamp && y <= clamp ? dx : T(0);
+        dy[i] = y > -clamp && y < clamp ? dx : T(0);
       }
     }
   }

@@ -6,8 +6,8 @@ Where the clamp does not bite, dx = dy gain f'(v), which is linear in dy, and fo
 
     d/d dy <dx, h> = h gain f'(v),      d/dv <dx, h> = h dy gain f''(v);
 
-where it bites, all of them are zero. So three elementwise ops give two orders of derivative. They keep x and
-compute f anew; a linear op without a clamp keeps nothing.
+where it bites, and on its bounds, all of them are zero. So three elementwise ops give two orders of
+derivative. They keep x and compute f anew; a linear op without a clamp keeps nothing.
 """
 
 import math
@@ -47,18 +47,19 @@ _VALUE = {
 
 
 def _first(act: str, v: Tensor, alpha: float) -> Tensor:
-    """f'(v), with torch's choice where f has a corner."""
+    """f'(v), with torch's choice where f has a corner, and at NaN."""
     if act == "linear":
         return torch.ones_like(v)
     if act in ("relu", "lrelu"):
         # Of two numbers `where` would make a float32, and round the slope to it.
-        return torch.where(v > 0, torch.ones_like(v), alpha if act == "lrelu" else 0.0)
+        one = torch.ones_like(v)
+        return torch.where(v <= 0, 0.0, one) if act == "relu" else torch.where(v > 0, one, alpha)
     if act == "tanh":
         return 1 - v.tanh().square()
     if act == "elu":
-        return torch.where(v > 0, 1, v.exp())
+        return torch.where(v <= 0, v.exp(), 1)
     if act == "selu":
-        return _SELU_SCALE * torch.where(v > 0, 1, _SELU_ALPHA * v.exp())
+        return _SELU_SCALE * torch.where(v <= 0, _SELU_ALPHA * v.exp(), 1)
     s = v.sigmoid()
     if act == "sigmoid":
         return s * (1 - s)
@@ -105,7 +106,12 @@ def bias_act_reference(
     y = y * gain if gain != 1 else y
     # The dispatcher wants an output that is not the input.
     y = y.clone() if y is x else y
-    return _like(y if clamp < 0 else y.clamp(-clamp, clamp), x)
+    if clamp >= 0 and y.requires_grad:
+        # No slope on the bound, whatever that of torch's clamp is.
+        y = torch.where(y.abs() < clamp, y, y.detach().clamp(-clamp, clamp))
+    elif clamp >= 0:
+        y = y.clamp(-clamp, clamp)
+    return _like(y, x)
 
 
 def bias_act_bwd_reference(dy, x, b, dim, act, alpha, gain, clamp) -> Tensor:
@@ -122,7 +128,7 @@ def _derivative(order, g, x, b, dim, act, alpha, gain, clamp):
     v = _biased(x, b, dim)
     d = order(act, v, alpha) * (g * gain)
     if clamp >= 0:
-        d = torch.where((_VALUE[act](v, alpha) * gain).abs() <= clamp, d, 0)
+        d = torch.where((_VALUE[act](v, alpha) * gain).abs() < clamp, d, 0)
     return _like(d, x)
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._define import define, require, require_ints, require_same_device, require_tensor
-from .upfirdn2d import upfirdn2d
+from .upfirdn2d import upfirdn2d, window
 
 
 def conv2d_resample_reference(
@@ -66,7 +66,7 @@ def convolve(
     x0, x1, y0, y1 = padding
     if x0 == x1 >= 0 and y0 == y1 >= 0:
         return F.conv2d(x, w, stride=stride, padding=(y0, x0), groups=groups)
-    return F.conv2d(F.pad(x, padding), w, stride=stride, groups=groups)
+    return F.conv2d(window(x, padding), w, stride=stride, groups=groups)
 
 
 def _convolve_up(x: Tensor, w: Tensor, up: int, groups: int, flip_weight: bool) -> Tensor:

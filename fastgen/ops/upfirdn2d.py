@@ -95,12 +95,12 @@ def _filter(x: Tensor, taps: Tensor, up: list[int], down: list[int], padding: li
     weight = taps.expand(x.shape[1], 1, th, tw)
     if up == [1, 1]:
         pad, rest = _symmetric(padding)
-        return F.conv2d(_window(x, rest), weight, padding=pad, stride=down[::-1], groups=x.shape[1])
+        return F.conv2d(window(x, rest), weight, padding=pad, stride=down[::-1], groups=x.shape[1])
     # The transposed convolution is the full one, but without the zeros after the last sample.
     x0, x1, y0, y1 = padding
     crop, rest = _symmetric([tw - 1 - x0, tw - up[0] - x1, th - 1 - y0, th - up[1] - y1])
     x = F.conv_transpose2d(x, weight.flip([2, 3]), padding=crop, stride=up[::-1], groups=x.shape[1])
-    return _window(x, [-p for p in rest])[:, :, :: down[1], :: down[0]]
+    return window(x, [-p for p in rest])[:, :, :: down[1], :: down[0]]
 
 
 def _symmetric(padding: list[int]) -> tuple[list[int], list[int]]:
@@ -109,7 +109,7 @@ def _symmetric(padding: list[int]) -> tuple[list[int], list[int]]:
     return [y, x], [padding[0] - x, padding[1] - x, padding[2] - y, padding[3] - y]
 
 
-def _window(x: Tensor, padding: list[int]) -> Tensor:
+def window(x: Tensor, padding: list[int]) -> Tensor:
     """Zero padding; negative values crop, what was just padded too."""
     x = F.pad(x, [max(0, p) for p in padding]) if max(padding) > 0 else x
     left, right, top, bottom = (max(0, -p) for p in padding)

@@ -121,3 +121,19 @@ def test_third_derivative_is_refused():
     (ddx,) = torch.autograd.grad(dx.sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="bias_act: no third derivative in x and b"):
         ddx.sum().backward()
+
+
+@pytest.mark.parametrize("clamp", [0, 2, torch.inf])
+def test_the_bounds_of_the_clamp_count_as_clamped(clamp, device):
+    x = torch.tensor([-clamp, -1.0, 1.0, clamp], device=device, requires_grad=True)
+    out = ops.bias_act(x, clamp=clamp)
+    assert out.tolist() == x.clamp(-clamp, clamp).tolist()
+    (dx,) = torch.autograd.grad(out, x, torch.ones_like(x))
+    assert dx.tolist() == [0, clamp > 0, clamp > 0, 0]
+
+
+@pytest.mark.parametrize("act, slope", [("relu", 1.0), ("lrelu", 0.2), ("elu", 1.0), ("selu", 1.05070099)])
+def test_slope_at_nan_is_torchs(act, slope, device):
+    x = torch.full((3,), torch.nan, device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(ops.bias_act(x, act=act, gain=1), x, torch.ones_like(x))
+    torch.testing.assert_close(dx, torch.full_like(dx, slope))

@@ -39,6 +39,7 @@ class TestConv2dResample(OpChecks):
         case("up", (2, 3, 5, 6), (4, 3, 3, 3), F4, up=2, padding=1, flip_weight=False),
         case("down", (2, 3, 8, 7), (4, 3, 3, 3), F4, down=2, padding=1),
         case("plain", (2, 3, 5, 6), (4, 3, 3, 3), F4, padding=1),
+        case("crop_into_padding", (2, 3, 1, 2), (4, 3, 1, 1), padding=[4, -3, -2, 3]),
         case("uneven", (2, 3, 5, 6), (4, 3, 3, 2), padding=[1, 2, -1, 1], flip_weight=False),
         case("up_pointwise", (2, 3, 5, 6), (4, 3, 1, 1), F4, up=2),
         case("down_pointwise", (2, 3, 6, 7), (4, 3, 1, 1), F4, down=2),
