@@ -130,6 +130,8 @@ def _triton_status() -> tuple[bool, str]:
 def served(op: str) -> dict[str, tuple[str, str]]:
     """Per device type: the backend that calls of `op` reach, and why it cannot run, or why none is faster."""
     registered = torch._C._dispatch_dump(f"fastgen::{op}")
+    if "CompositeImplicitAutograd" in registered:
+        return dict.fromkeys(("cpu", "cuda"), ("composed", "made of other ops"))
     answer = {}
     for device, (usable, reason) in status().items():
         if device not in ("cpu", "cuda"):

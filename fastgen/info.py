@@ -69,7 +69,11 @@ def served() -> dict[str, dict[str, dict[str, str]]]:
     names = [n.split("::") for n in torch._C._dispatch_get_all_op_names()]
     found = {
         op: {device: {"backend": by, "why": why} for device, (by, why) in _backends.served(op).items()}
-        for op in sorted(name for space, name in names if space == "fastgen" and "." not in name)
+        for op in sorted(
+            name
+            for space, name in names
+            if space == "fastgen" and "." not in name and name != "empty_workspace"
+        )
     }
     if _define.choice() == "reference":
         return {

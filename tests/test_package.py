@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[1]
 COMPILED = (
     *("upfirdn2d", "bias_act", "bias_act_bwd", "bias_act_bwd2"),
     *("render_triplane", "render_triplane_bwd"),
+    *("sample_triplane", "sample_triplane_bwd", "sample_triplane_bwd2"),
+    *("filtered_lrelu", "filtered_lrelu_bwd", "filtered_bias_act", "filtered_bias_act_bwd"),
+    *("folded_weight", "conv3x3", "conv3x3_dw"),
 )
 
 
@@ -39,7 +42,8 @@ def test_cpu_library_serves_its_ops():
     assert usable, where
     for op in COMPILED:
         assert _backends.served(op)["cpu"] == ("cpu", "")
-    assert _backends.served("fma")["cpu"][0] == "reference"
+    assert _backends.served("grid_sample")["cpu"][0] == "reference"
+    assert _backends.served("modulated_conv2d")["cpu"][0] == "composed"
 
 
 def test_status_gives_a_reason_for_what_is_missing():

@@ -5,10 +5,11 @@
 namespace fastgen {
 namespace {
 
-// planes [3, F, H, W] of an image to the table, or back.
+// planes [3, F, H, W] of an image, anywhere in `whole`, to the table.
 template <class S, class T>
-void fill_table(const S* planes, const Decoder<T>& decoder, int64_t H, int64_t W, T* table) {
-  const int64_t stride = decoder.feature_stride, F = decoder.F;
+void fill_table(const S* planes, const Tensor& whole, const Decoder<T>& decoder, T* table) {
+  const int64_t stride = decoder.feature_stride, F = decoder.F, H = whole.size(3), W = whole.size(4);
+  const int64_t sp = whole.stride(1), sf = whole.stride(2), sy = whole.stride(3), sx = whole.stride(4);
   parallel_for(3 * (H + 3), (W + 3) * stride, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t p = i / (H + 3), y = i % (H + 3) - 1;
@@ -18,9 +19,15 @@ void fill_table(const S* planes, const Decoder<T>& decoder, int64_t H, int64_t W
       // Some pixels at a time: what is written stays in the first-level cache.
       for (int64_t x0 = 0; x0 < W; x0 += 16) {
         const int64_t x1 = std::min(x0 + 16, W);
+        const S* from = planes + p * sp + y * sy;
+        if (sf == 1) {
+          for (int64_t x = x0; x < x1; ++x) {
+            for (int64_t f = 0; f < F; ++f) to[(x + 1) * stride + f] = static_cast<T>(from[x * sx + f]);
+          }
+          continue;
+        }
         for (int64_t f = 0; f < F; ++f) {
-          const S* from = planes + ((p * F + f) * H + y) * W;
-          for (int64_t x = x0; x < x1; ++x) to[(x + 1) * stride + f] = static_cast<T>(from[x]);
+          for (int64_t x = x0; x < x1; ++x) to[(x + 1) * stride + f] = static_cast<T>(from[f * sf + x * sx]);
         }
       }
     }
@@ -63,12 +70,12 @@ Scene<T> make_scene(const Decoder<T>& decoder, const Tensor& planes, const std::
   return scene;
 }
 
-// Makes the scene that of image n; planes and rays are contiguous.
+// Makes the scene that of image n; rays are contiguous.
 template <class P, class T>
 void load_image(Scene<T>& scene, const Buffer<T>& table, const Tensor& planes, const Tensor& ray_origins,
                 const Tensor& ray_directions, int64_t n) {
-  const int64_t numbers = 3 * ray_origins.size(1), image = 3 * scene.decoder.F * scene.H * scene.W;
-  fill_table(data<P>(planes) + n * image, scene.decoder, scene.H, scene.W, table.get());
+  const int64_t numbers = 3 * ray_origins.size(1);
+  fill_table(data<P>(planes) + n * planes.stride(0), planes, scene.decoder, table.get());
   scene.table = table.get();
   scene.origins = data<T>(ray_origins) + n * numbers;
   scene.directions = data<T>(ray_directions) + n * numbers;
@@ -115,8 +122,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> render_triplane_cpu(
   const int64_t N = depths.size(0), R = depths.size(1), S = depths.size(2), C = w2.size(0) - 1;
   const int64_t K = u_fine ? u_fine->size(2) : 0, all = S + K;
   const auto format = MemoryFormat::Contiguous;
-  const Tensor dense = contiguous(planes), o = contiguous(ray_origins), d = contiguous(ray_directions),
-               coarse = contiguous(depths), u = u_fine ? contiguous(*u_fine) : depths;
+  const Tensor o = contiguous(ray_origins), d = contiguous(ray_directions), coarse = contiguous(depths),
+               u = u_fine ? contiguous(*u_fine) : depths;
   check_scene(planes, w1, b1, w2, b2, o, d, coarse, projection);
   FASTGEN_CHECK(!K || S >= 4, "render_triplane: depths must have at least 4 samples where u_fine is given");
   FASTGEN_CHECK(!u_fine || (has_shape(u, {N, R, K}) && u.scalar_type() == depths.scalar_type()),
@@ -135,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> render_triplane_cpu(
     for (int64_t n = 0; n < N; ++n) {
       dispatch("render_triplane", planes.scalar_type(), [&](auto stored) {
         using P = decltype(stored);
-        load_image<P>(scene, table, dense, o, d, n);
+        load_image<P>(scene, table, planes, o, d, n);
         P* narrow_to = mutable_data<P>(features) + n * R * C;
         T* to = narrow ? wide.get() : static_cast<T*>(static_cast<void*>(narrow_to));
         const Outputs<T> out{to, mutable_data<T>(depth) + n * R, mutable_data<T>(weight) + n * R,
@@ -174,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> render_triplane_bwd_cpu(
   using torch::stable::contiguous;
   const int64_t N = depths.size(0), R = depths.size(1), samples = depths.size(2), C = w2.size(0) - 1;
   const auto format = MemoryFormat::Contiguous;
-  const Tensor dense = contiguous(planes), o = contiguous(ray_origins), d = contiguous(ray_directions),
-               sorted = contiguous(depths), dfc = contiguous(df), ddc = contiguous(dd), dwc = contiguous(dw);
+  const Tensor o = contiguous(ray_origins), d = contiguous(ray_directions), sorted = contiguous(depths),
+               dfc = contiguous(df), ddc = contiguous(dd), dwc = contiguous(dw);
   check_scene(planes, w1, b1, w2, b2, o, d, sorted, projection);
   FASTGEN_CHECK(has_shape(dfc, {N, R, C}) && dfc.scalar_type() == planes.scalar_type(),
                 "render_triplane_bwd: df must be [N, R, C], with the dtype of planes");
@@ -209,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> render_triplane_bwd_cpu(
     for (int64_t n = 0; n < N; ++n) {
       dispatch("render_triplane", planes.scalar_type(), [&](auto stored) {
         using P = decltype(stored);
-        load_image<P>(scene, table, dense, o, d, n);
+        load_image<P>(scene, table, planes, o, d, n);
         const P* given = data<P>(dfc) + n * R * C;
         const T* from = narrow ? wide.get() : static_cast<const T*>(static_cast<const void*>(given));
         if (narrow) std::transform(given, given + R * C, wide.get(), [](P v) { return static_cast<T>(v); });

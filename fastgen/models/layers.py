@@ -330,7 +330,9 @@ class SynthesisNetwork(nn.Module):
         noise_mode: str = "random",
         resolution: int | None = None,
     ) -> Tensor:
-        """Returns: [N, img_channels, img_resolution, img_resolution], or the smaller sum at `resolution`."""
+        """Returns: [N, img_channels, img_resolution, img_resolution], or the smaller sum at `resolution`; in
+        memory as the convolutions left it.
+        """
         require_shape("synthesis", "ws", ws, (None, self.num_ws, self.w_dim), "[N, num_ws, w_dim]")
         ws = ws.to(self.b4.const.dtype)
         x = img = None
@@ -341,4 +343,4 @@ class SynthesisNetwork(nn.Module):
             block = getattr(self, f"b{res}")
             x, img = block(x, img, ws[:, first : first + block.num_conv + 1], noise_mode)
             first += block.num_conv
-        return img.contiguous()
+        return img

@@ -190,7 +190,7 @@ class Student(nn.Module):
         """
         require_shape("Student.render", "ws", ws, (None, self.num_ws, self.w_dim), "[N, num_ws, w_dim]")
         require_shape("Student.render", "c", c, (ws.shape[0], 25), "[N, 25]")
-        features = self.renderer(self.pose_mapping(ws[:, 0], c), noise_mode, resolution)
+        features = self.renderer(self.pose_mapping(ws[:, 0], c), noise_mode, resolution).contiguous()
         return {"feature_image": features, "image_raw": features[:, :3]}
 
     def super_resolve(self, feature_image: Tensor, ws: Tensor, noise_mode: str | None = None) -> Tensor:
