@@ -179,8 +179,8 @@ def judge(drawn, stops_nan):
 
     for name in first[0]:
         got, exact, same = together(0, name)
-        # Infinities and NaN that PyTorch's convolutions spread in 16 bits, or overflow, say nothing.
-        told = same.isfinite() | ~exact.isfinite()
+        # Sums of 16 bits overflow, and PyTorch's convolutions make NaN of inf times a zero of their padding.
+        told = exact.isnan() | (same == exact) | (same.isfinite() & exact.isfinite())
         assert_accurate(got[told], exact[told], same[told], name)
     for name, grad in first[1].items():
         got, exact, same = together(1, name)
