@@ -1,9 +1,10 @@
 """Random calls of every op: what serves by default against the reference in float64.
 
 FASTGEN_FUZZ is how many calls of each op; where it is not set, they are the same in every run. A call is
-judged by one draw of its numbers. Where that fails, 32 others are held to the tolerance together: now and
-then the reference happens to be exact, or rounding decides on which side of a corner of the activation a
-number lies, and neither says anything about another implementation. What is wrong fails both times.
+judged by one draw of its numbers, and where that fails, by 32 others together, with 8 times the reference's
+error. For now and then the reference happens to be exact; rounding decides on which side of a corner of the
+activation a number lies; and of a sum that cancels, such as the gradient of a demodulated weight, two orders
+differ several times more from each other than one does from the exact result. What is wrong fails both times.
 """
 
 import functools
@@ -166,21 +167,20 @@ def three(op, makers, params, seed):
     return results, inputs
 
 
-def judge(drawn, stops_nan):
+def judge(drawn, stops_nan, factor=1):
     """Holds the results of some draws of a call to the tolerance together."""
     (first, *_), inputs = drawn[0]
 
     def together(part, name):
         got, exact, same = (torch.stack([r[k][part][name].detach() for r, _ in drawn]) for k in range(3))
-        if is_double(got):
-            # The reference's error in float64 is that in float32, as much smaller as its eps.
-            same = exact + (same - exact) * (torch.finfo(got.dtype).eps / torch.finfo(same.dtype).eps)
-        return got, exact, same
+        # The reference's error in float64 is that in float32, as much smaller as its eps.
+        scale = factor * torch.finfo(got.dtype).eps / torch.finfo(same.dtype).eps
+        return got, exact, same if scale == 1 else exact + (same.double() - exact) * scale
 
     for name in first[0]:
         got, exact, same = together(0, name)
-        # Infinities and NaN that PyTorch's convolutions spread in 16 bits, or overflow, say nothing.
-        told = same.isfinite() | ~exact.isfinite()
+        # Sums of 16 bits overflow, and PyTorch's convolutions make NaN of inf times a zero of their padding.
+        told = exact.isnan() | (same == exact) | (same.isfinite() & exact.isfinite())
         assert_accurate(got[told], exact[told], same[told], name)
     for name, grad in first[1].items():
         got, exact, same = together(1, name)
@@ -215,7 +215,7 @@ def check(draw, op, makers, params, stops_nan=False):
         judge([drawn], stops_nan)
     except AssertionError as error:
         event(f"judged by 32 draws: {str(error)[:60]}")
-        judge([three(op, makers, params, seed + 1 + i) for i in range(32)], stops_nan)
+        judge([three(op, makers, params, seed + 1 + i) for i in range(32)], stops_nan, 8)
 
 
 def draw_clamp(draw):
@@ -396,13 +396,15 @@ def test_render_triplane(draw):
     def uniform(*shape):
         return lambda random: torch.rand(shape, generator=random, dtype=wide)
 
+    # Depths are divided by weights, which is ill-conditioned where a ray meets almost nothing.
+    last, density = tensor(draw, 1 + c, dtype=dtype), torch.tensor([3.0] + [0.0] * c).to(dtype)
     planes = tensor(draw, n, 3, f, integer(draw, 1, 12), integer(draw, 1, 12), dtype=dtype)
     makers = {
         "planes": planes,
         "w1": tensor(draw, d, f, dtype=dtype, scale=f**-0.5),
         "b1": tensor(draw, d, dtype=dtype),
         "w2": tensor(draw, 1 + c, d, dtype=dtype, scale=2 * d**-0.5),
-        "b2": tensor(draw, 1 + c, dtype=dtype),
+        "b2": lambda random: (last(random).detach() + density).requires_grad_(),
         "ray_origins": functools.partial(lambda make, random: make(random) + shift.to(wide), directions),
         "ray_directions": lambda random: torch.nn.functional.normalize(
             directions(random) - shift.to(wide), dim=-1
