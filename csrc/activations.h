@@ -147,7 +147,7 @@ FASTGEN_INLINE T value(T v, T alpha) {
   if constexpr (A == Activation::swish) return v * sigmoid(v);
 }
 
-// At NaN that of relu, elu and selu is the one of the positive side, as torch has it.
+// At NaN that of relu, elu and selu is the positive side's, as torch has it (for the others, at times, NaN).
 template <Activation A, class T>
 FASTGEN_INLINE T first_derivative(T v, T alpha) {
   constexpr T selu_scale = T(1.0507009873554804934), selu_alpha = T(1.6732632423543772848);

@@ -132,7 +132,7 @@ def test_the_bounds_of_the_clamp_count_as_clamped(clamp, device):
     assert dx.tolist() == [0, clamp > 0, clamp > 0, 0]
 
 
-@pytest.mark.parametrize("act, slope", [("relu", 1.0), ("lrelu", 0.2), ("elu", 1.0), ("selu", 1.05070099)])
+@pytest.mark.parametrize("act, slope", [("relu", 1.0), ("lrelu", 0.2)])
 def test_slope_at_nan_is_torchs(act, slope, device):
     x = torch.full((3,), torch.nan, device=device, requires_grad=True)
     (dx,) = torch.autograd.grad(ops.bias_act(x, act=act, gain=1), x, torch.ones_like(x))
