@@ -110,28 +110,38 @@ def _largest(x: Tensor, axes: list[int]) -> Tensor:
     return x.detach().abs().amax(axes).clamp(min=1e-8)
 
 
-def folded_weight_reference(
+def modulated_weight_reference(
     weight: Tensor,  # [O, I, kh, kw]
-    styles: Tensor,  # [1, I]
+    styles: Tensor,  # [N, I]
     demodulate: bool,
     flip: bool,
     phases: bool,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The one sample's weight with styles and d in it: whole, or as phases_of_weight takes it apart."""
-    s, w, d, _ = _modulation(weight.new_empty(1, 1, 1, 1), weight, styles, 1, demodulate)
-    w = _folded(w, s, d).to(dtype)
+    """The weight, whole or as phases_of_weight takes it apart, and then d [N, O].
+
+    Of a single sample, styles and d are in the weight; d has no rows then, nor without demodulation.
+    """
+    s, w, d, _ = _modulation(weight.new_empty(0, 1, 1, 1), weight, styles, 1, demodulate)
+    if styles.shape[0] == 1:
+        w, d = _folded(w, s, d), None
+    w = w.to(dtype)
     w = w.flip([2, 3]) if flip else w
-    return [p.contiguous() for p in (phases_of_weight(w) if phases else [w])]
+    parts = [p.contiguous() for p in (phases_of_weight(w) if phases else [w])]
+    return [*parts, weight.new_empty(0, w.shape[0]) if d is None else d]
 
 
-_folded_weight = define(
-    "folded_weight(Tensor weight, Tensor styles, bool demodulate, bool flip, bool phases, ScalarType dtype)"
-    " -> Tensor[]",
-    reference=folded_weight_reference,
-    fake=lambda weight, styles, demodulate, flip, phases, dtype: [
-        p.new_empty(p.shape, dtype=dtype) for p in (phases_of_weight(weight) if phases else [weight])
-    ],
+def _modulated_weight_fake(weight, styles, demodulate, flip, phases, dtype):
+    parts = phases_of_weight(weight) if phases else [weight]
+    rows = styles.shape[0] if demodulate and styles.shape[0] > 1 else 0
+    return [*(p.new_empty(p.shape, dtype=dtype) for p in parts), weight.new_empty(rows, weight.shape[0])]
+
+
+_modulated_weight = define(
+    "modulated_weight(Tensor weight, Tensor styles, bool demodulate, bool flip, bool phases,"
+    " ScalarType dtype) -> Tensor[]",
+    reference=modulated_weight_reference,
+    fake=_modulated_weight_fake,
 )
 
 
@@ -151,9 +161,13 @@ def _fused(
     x = x.contiguous(memory_format=torch.channels_last)
     records = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, styles))
     flip = flip_weight == (up > 1)
-    if x.shape[0] == 1 and weight.dtype == torch.float32 and x.dtype != torch.float64 and not records:
-        d = None
-        weights = _folded_weight(weight, styles, demodulate, flip, up > 1, x.dtype)
+    single = x.shape[0] == 1
+    # In float16 several samples need the range that only the other way keeps.
+    short = x.dtype in (torch.float32, torch.bfloat16) or (single and x.dtype == torch.float16)
+    if short and weight.dtype == torch.float32 and not records:
+        *weights, d = _modulated_weight(weight, styles, demodulate, flip, up > 1, x.dtype)
+        d = d if d.shape[0] else None
+        x = x if single else x * styles.to(x.dtype)[:, :, None, None]
     else:
         s, w, d, fold = _modulation(x, weight, styles, up, demodulate)
         if fold:

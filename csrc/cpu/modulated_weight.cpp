@@ -1,5 +1,6 @@
-// One sample's weight of a modulated convolution: styles and demodulation folded in, taps in the order that
-// the convolution wants them, in its dtype. Each output's taps are read twice, the second time from cache.
+// The weight of a modulated convolution, its taps in the order that the convolution wants, in its dtype, and
+// the demodulation; of a single sample, styles and demodulation are folded into the weight. Each output's
+// taps are read from memory once.
 #include <cmath>
 
 #include "common.h"
@@ -9,11 +10,12 @@ namespace {
 
 struct Job {
   const void* weight;         // [O, taps], taps counting inputs too
-  std::vector<float> styles;  // [taps]
+  std::vector<float> styles;  // [N, taps]
   std::vector<void*> parts;   // [O, inputs, taps of the part]
   std::vector<std::vector<int64_t>> taps;
-  int64_t inputs, kernel;
+  int64_t inputs, kernel, batch, outputs;
   bool demodulate;
+  float* d;  // [N, O] of more samples than one, else null
 };
 
 template <class S>
@@ -22,31 +24,39 @@ FASTGEN_INLINE void fold_rows(const Job& job, int64_t begin, int64_t end) {
   std::vector<float> scaled(taps);
   for (int64_t o = begin; o < end; ++o) {
     const float* w = static_cast<const float*>(job.weight) + o * taps;
-    constexpr int64_t lanes = 32;
-    float squares[lanes] = {};
-    for (int64_t i = 0; i < taps; ++i) scaled[i] = w[i] * job.styles[i];
-    int64_t i = 0;
-    for (; i + lanes <= taps; i += lanes) {
-      for (int64_t k = 0; k < lanes; ++k) squares[k] += scaled[i + k] * scaled[i + k];
-    }
-    for (; i < taps; ++i) squares[0] += scaled[i] * scaled[i];
-    float d = 1;
-    if (job.demodulate) {
-      double sum = 0;
+    const float* source = w;
+    float factor = 1;
+    for (int64_t n = 0; n < job.batch && (job.demodulate || job.batch == 1); ++n) {
+      constexpr int64_t lanes = 32;
+      float squares[lanes] = {};
+      const float* styles = job.styles.data() + n * taps;
+      for (int64_t i = 0; i < taps; ++i) scaled[i] = w[i] * styles[i];
+      int64_t i = 0;
+      for (; i + lanes <= taps; i += lanes) {
+        for (int64_t k = 0; k < lanes; ++k) squares[k] += scaled[i + k] * scaled[i + k];
+      }
+      for (; i < taps; ++i) squares[0] += scaled[i] * scaled[i];
+      double sum = 1e-8;
       for (float square : squares) sum += square;
-      d = static_cast<float>(1 / std::sqrt(sum + 1e-8));
+      const float d = job.demodulate ? static_cast<float>(1 / std::sqrt(sum)) : 1.f;
+      if (job.d) job.d[n * job.outputs + o] = d;
+      if (job.batch == 1) {
+        source = scaled.data();
+        factor = d;
+      }
     }
     for (size_t p = 0; p < job.parts.size(); ++p) {
       const std::vector<int64_t>& of = job.taps[p];
       const int64_t n = static_cast<int64_t>(of.size());
       S* to = static_cast<S*>(job.parts[p]) + o * job.inputs * n;
       if (n == job.kernel && of[0] == 0) {
-        for (int64_t j = 0; j < taps; ++j) to[j] = static_cast<S>(scaled[j] * d);
+        for (int64_t j = 0; j < taps; ++j) to[j] = static_cast<S>(source[j] * factor);
         continue;
       }
       for (int64_t k = 0; k < n; ++k) {
-        const float* from = scaled.data() + of[k];
-        for (int64_t c = 0; c < job.inputs; ++c) to[c * n + k] = static_cast<S>(from[c * job.kernel] * d);
+        const float* from = source + of[k];
+        for (int64_t c = 0; c < job.inputs; ++c)
+          to[c * n + k] = static_cast<S>(from[c * job.kernel] * factor);
       }
     }
   }
@@ -61,17 +71,17 @@ FASTGEN_FOR(BFloat16)
 FASTGEN_FOR(Half)
 #undef FASTGEN_FOR
 
-std::vector<Tensor> folded_weight_cpu(const Tensor& weight, const Tensor& styles, bool demodulate, bool flip,
-                                      bool phases, ScalarType dtype) {
-  const char* op = "folded_weight";
+std::vector<Tensor> modulated_weight_cpu(const Tensor& weight, const Tensor& styles, bool demodulate,
+                                         bool flip, bool phases, ScalarType dtype) {
+  const char* op = "modulated_weight";
   FASTGEN_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, op,
                 ": weight must be float32 [O, I, kh, kw]");
   const int64_t O = weight.size(0), I = weight.size(1), kh = weight.size(2), kw = weight.size(3);
-  FASTGEN_CHECK(styles.dim() == 2 && styles.size(0) == 1 && styles.size(1) == I, op,
-                ": styles must have shape [1, I=", I, "]");
+  FASTGEN_CHECK(styles.dim() == 2 && styles.size(1) == I, op, ": styles must have shape [N, I=", I, "]");
   FASTGEN_CHECK(!phases || (kh > 1 && kw > 1), op, ": phases need a kernel of 2 x 2 or more");
   const Tensor dense = torch::stable::contiguous(weight);
-  Job job{dense.const_data_ptr(), {}, {}, {}, I, kh * kw, demodulate};
+  const int64_t N = styles.size(0);
+  Job job{dense.const_data_ptr(), {}, {}, {}, I, kh * kw, N, O, demodulate, nullptr};
   for (float style : host_vector<float>(op, styles)) job.styles.insert(job.styles.end(), kh * kw, style);
 
   // A phase of the transposed convolution has every second tap; a convolution has them in reverse.
@@ -91,6 +101,8 @@ std::vector<Tensor> folded_weight_cpu(const Tensor& weight, const Tensor& styles
       job.taps.push_back(std::move(taps));
     }
   }
+  const Tensor d = empty(weight, {N > 1 && demodulate ? N : 0, O}, MemoryFormat::Contiguous);
+  job.d = d.numel() ? mutable_data<float>(d) : nullptr;
   dispatch(op, dtype, [&](auto zero) {
     using S = decltype(zero);
     if constexpr (std::is_same_v<S, double>) {
@@ -99,13 +111,14 @@ std::vector<Tensor> folded_weight_cpu(const Tensor& weight, const Tensor& styles
       parallel_for(O, 2 * I * kh * kw, [&](int64_t begin, int64_t end) { fold(zero, job, begin, end); });
     }
   });
+  parts.push_back(d);
   return parts;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
-  m.impl("folded_weight", TORCH_BOX(&folded_weight_cpu));
+  m.impl("modulated_weight", TORCH_BOX(&modulated_weight_cpu));
 }
 
 }  // namespace fastgen
