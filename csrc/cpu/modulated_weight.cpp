@@ -11,10 +11,10 @@ namespace {
 struct Job {
   const void* weight;         // [O, taps], taps counting inputs too
   std::vector<float> styles;  // [N, taps]
-  std::vector<void*> parts;   // [O, inputs, taps of the part]
+  std::vector<void*> parts;   // [O, inputs, taps of the part], or [O, taps of the part, inputs]
   std::vector<std::vector<int64_t>> taps;
   int64_t inputs, kernel, batch, outputs;
-  bool demodulate;
+  bool demodulate, channels_last;
   float* d;  // [N, O] of more samples than one, else null
 };
 
@@ -49,14 +49,16 @@ FASTGEN_INLINE void fold_rows(const Job& job, int64_t begin, int64_t end) {
       const std::vector<int64_t>& of = job.taps[p];
       const int64_t n = static_cast<int64_t>(of.size());
       S* to = static_cast<S*>(job.parts[p]) + o * job.inputs * n;
-      if (n == job.kernel && of[0] == 0) {
+      if (n == job.kernel && of[0] == 0 && !job.channels_last) {
         for (int64_t j = 0; j < taps; ++j) to[j] = static_cast<S>(source[j] * factor);
         continue;
       }
       for (int64_t k = 0; k < n; ++k) {
         const float* from = source + of[k];
+        S* here = to + k * (job.channels_last ? job.inputs : 1);
+        const int64_t step = job.channels_last ? 1 : n;
         for (int64_t c = 0; c < job.inputs; ++c)
-          to[c * n + k] = static_cast<S>(from[c * job.kernel] * factor);
+          here[c * step] = static_cast<S>(from[c * job.kernel] * factor);
       }
     }
   }
@@ -72,7 +74,7 @@ FASTGEN_FOR(Half)
 #undef FASTGEN_FOR
 
 std::vector<Tensor> modulated_weight_cpu(const Tensor& weight, const Tensor& styles, bool demodulate,
-                                         bool flip, bool phases, ScalarType dtype) {
+                                         bool flip, bool phases, bool channels_last, ScalarType dtype) {
   const char* op = "modulated_weight";
   FASTGEN_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, op,
                 ": weight must be float32 [O, I, kh, kw]");
@@ -81,7 +83,7 @@ std::vector<Tensor> modulated_weight_cpu(const Tensor& weight, const Tensor& sty
   FASTGEN_CHECK(!phases || (kh > 1 && kw > 1), op, ": phases need a kernel of 2 x 2 or more");
   const Tensor dense = torch::stable::contiguous(weight);
   const int64_t N = styles.size(0);
-  Job job{dense.const_data_ptr(), {}, {}, {}, I, kh * kw, N, O, demodulate, nullptr};
+  Job job{dense.const_data_ptr(), {}, {}, {}, I, kh * kw, N, O, demodulate, channels_last, nullptr};
   for (float style : host_vector<float>(op, styles)) job.styles.insert(job.styles.end(), kh * kw, style);
 
   // A phase of the transposed convolution has every second tap; a convolution has them in reverse.
@@ -95,8 +97,9 @@ std::vector<Tensor> modulated_weight_cpu(const Tensor& weight, const Tensor& sty
           taps.push_back(flip ? (kh - 1 - y) * kw + kw - 1 - x : y * kw + x);
       }
       if (phases) std::reverse(taps.begin(), taps.end());
-      parts.push_back(torch::stable::empty({O, I, ceil_div(kh - i, step), ceil_div(kw - j, step)}, dtype,
-                                           std::nullopt, weight.device()));
+      parts.push_back(torch::stable::empty(
+          {O, I, ceil_div(kh - i, step), ceil_div(kw - j, step)}, dtype, std::nullopt, weight.device(),
+          std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
       job.parts.push_back(parts.back().mutable_data_ptr());
       job.taps.push_back(std::move(taps));
     }

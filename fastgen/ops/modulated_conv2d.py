@@ -116,6 +116,7 @@ def modulated_weight_reference(
     demodulate: bool,
     flip: bool,
     phases: bool,
+    channels_last: bool,
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The weight, whole or as phases_of_weight takes it apart, and then d [N, O].
@@ -127,19 +128,22 @@ def modulated_weight_reference(
         w, d = _folded(w, s, d), None
     w = w.to(dtype)
     w = w.flip([2, 3]) if flip else w
-    parts = [p.contiguous() for p in (phases_of_weight(w) if phases else [w])]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    parts = [p.contiguous(memory_format=layout) for p in (phases_of_weight(w) if phases else [w])]
     return [*parts, weight.new_empty(0, w.shape[0]) if d is None else d]
 
 
-def _modulated_weight_fake(weight, styles, demodulate, flip, phases, dtype):
+def _modulated_weight_fake(weight, styles, demodulate, flip, phases, channels_last, dtype):
     parts = phases_of_weight(weight) if phases else [weight]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     rows = styles.shape[0] if demodulate and styles.shape[0] > 1 else 0
-    return [*(p.new_empty(p.shape, dtype=dtype) for p in parts), weight.new_empty(rows, weight.shape[0])]
+    parts = [p.new_empty(p.shape, dtype=dtype).contiguous(memory_format=layout) for p in parts]
+    return [*parts, weight.new_empty(rows, weight.shape[0])]
 
 
 _modulated_weight = define(
     "modulated_weight(Tensor weight, Tensor styles, bool demodulate, bool flip, bool phases,"
-    " ScalarType dtype) -> Tensor[]",
+    " bool channels_last, ScalarType dtype) -> Tensor[]",
     reference=modulated_weight_reference,
     fake=_modulated_weight_fake,
 )
@@ -165,7 +169,10 @@ def _fused(
     # In float16 several samples need the range that only the other way keeps.
     short = x.dtype in (torch.float32, torch.bfloat16) or (single and x.dtype == torch.float16)
     if short and weight.dtype == torch.float32 and not records:
-        *weights, d = _modulated_weight(weight, styles, demodulate, flip, up > 1, x.dtype)
+        # PyTorch's convolutions would copy it to what they want.
+        *weights, d = _modulated_weight(
+            weight, styles, demodulate, flip, up > 1, up > 1 or not pays(x, weight, padding), x.dtype
+        )
         d = d if d.shape[0] else None
         x = x if single else x * styles.to(x.dtype)[:, :, None, None]
     else:
