@@ -59,7 +59,7 @@ def test_image(measure, model, dtype, route):
     parameters = sum(p.numel() for p in generator.parameters()) * DTYPES[dtype].itemsize
     measure(
         run,
-        5,
+        3,
         op=f"image_{model}",
         shape="x".join(map(str, exact.shape)),
         dtype=dtype,
@@ -99,7 +99,7 @@ def test_training_step(measure, route):
     parameters = sum(p.numel() for p in [*teacher.parameters(), *student.parameters()])
     measure(
         whole,
-        5,
+        3,
         op="training_step",
         shape="shapenetcars128, batch 2",
         dtype="float32",

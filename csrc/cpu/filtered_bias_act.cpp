@@ -99,7 +99,8 @@ template <class S>
 FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
   using T = accumulator_t<S>;
   const auto& filter = *static_cast<const Filter<T>*>(job.filter);
-  const int64_t C = job.channels, pixels = std::max<int64_t>(1, block / C), most = pixels * C;
+  const int64_t C = job.channels, pixels = std::max<int64_t>(1, block / std::max<int64_t>(1, C));
+  const int64_t most = pixels * C;
   const int64_t steps = ceil_div(job.out_h, rows_of_a_step);
   Row<S, T> row;
   row.padded.assign((job.out_w + filter.columns - 1) * C * (filter.y.empty() ? filter.rows : 1), T(0));
@@ -234,7 +235,11 @@ Gradients apply(const Tensor* dy, const Parameters& p) {
     images.push_back(channels_last(image));
     job.images.push_back(images.back().const_data_ptr());
   }
-  FASTGEN_CHECK(count == 1 || (job.heights[0] - job.heights[1]) / 2 == 0, op, ": x must be four phases");
+  // Even rows and columns come first: there are as many, or one more.
+  for (const int64_t* sizes : {job.heights, job.widths}) {
+    const int64_t more = sizes[0] - sizes[1];
+    FASTGEN_CHECK(count == 1 || more == 0 || more == 1, op, ": x must be four phases of an image");
+  }
   const int64_t columns = p.f ? p.f->size(p.f->dim() - 1) : 1, rows = p.f ? p.f->size(0) : 1;
   FASTGEN_CHECK(p.padding.size() == 4, op, ": padding must have 4 elements");
   job.channels = C;

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define, differentiate, wide
+from ._define import define, differentiate, one_by_one, wide
 from .bias_act import bias_act, bias_act_bwd
 from .upfirdn2d import transposed, upfirdn2d
 
@@ -147,6 +147,7 @@ filtered_bias_act = define(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+    vmap=lambda *args: one_by_one(filtered_bias_act)(*args),
 )
 _filtered_bias_act_bwd = define(
     f"filtered_bias_act_bwd(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -154,4 +155,5 @@ _filtered_bias_act_bwd = define(
     fake=_fake_bwd,
     backward=_backward_bwd,
     setup_context=_setup_context_bwd,
+    vmap=lambda *args: one_by_one(_filtered_bias_act_bwd)(*args),
 )

@@ -22,6 +22,7 @@ from .._backends import compiled
 from ._define import (
     define,
     memory_format,
+    one_by_one,
     require,
     require_same_device,
     require_shape,
@@ -146,6 +147,7 @@ _modulated_weight = define(
     " bool channels_last, ScalarType dtype) -> Tensor[]",
     reference=modulated_weight_reference,
     fake=_modulated_weight_fake,
+    vmap=lambda *args: one_by_one(_modulated_weight)(*args),
 )
 
 

@@ -189,3 +189,19 @@ def test_empty_batch_in_16_bits(up, device):
     f = F4.to(device)
     out = ops.modulated_conv2d(x, weight, styles, up=up, padding=1, resample_filter=f)
     assert out.shape == (0, 5, 8 * up, 8 * up) and out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("up", [1, 2])
+def test_vmap(up, samples, device):
+    x, styles = torch.randn(3, samples, 32, 9, 9), torch.randn(3, samples, 32)
+    weight, bias = torch.randn(32, 32, 3, 3), torch.randn(3, 32)
+
+    def run(x, styles, bias):
+        return ops.modulated_conv2d(
+            x, weight, styles, up=up, padding=1, resample_filter=F4, bias=bias, act="lrelu"
+        )
+
+    got = torch.vmap(run)(x, styles, bias)
+    want = torch.stack([run(*each) for each in zip(x, styles, bias, strict=True)])
+    torch.testing.assert_close(got, want)
