@@ -44,7 +44,7 @@ def flop(name: str, function) -> int:
 def test_image(measure, model, dtype, route):
     generator, label = models("ffhq512")
     if model in STUDENTS:
-        generator = Student.from_teacher(generator, STUDENTS[model]).to(DEVICE).eval()
+        generator = Student.from_teacher(generator, STUDENTS[model]).to(DEVICE).eval().requires_grad_(False)
     ws = generator.mapping(torch.randn(1, generator.z_dim, device=DEVICE), label)
 
     def image():

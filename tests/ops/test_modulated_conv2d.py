@@ -6,6 +6,7 @@ from accuracy import assert_accurate
 from ops.checks import Case, OpChecks
 
 from fastgen import ops
+from fastgen.ops.modulated_conv2d import modulated_weight_reference
 
 F4 = ops.setup_filter([1, 3, 3, 1])
 
@@ -205,3 +206,36 @@ def test_vmap(up, samples, device):
     got = torch.vmap(run)(x, styles, bias)
     want = torch.stack([run(*each) for each in zip(x, styles, bias, strict=True)])
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("samples", [0, 1, 3])
+@pytest.mark.parametrize(
+    "flip, phases, channels_last",
+    [(False, False, False), (True, False, True), (True, True, False), (False, True, True)],
+)
+@pytest.mark.parametrize("demodulate", [True, False])
+def test_modulated_weight(demodulate, flip, phases, channels_last, samples, dtype):
+    weight, styles = torch.randn(5, 7, 3, 4), torch.randn(samples, 7)
+    how = demodulate, flip, phases, channels_last
+    got = torch.ops.fastgen.modulated_weight(weight, styles, *how, dtype)
+    exact = modulated_weight_reference(weight.double(), styles.double(), *how, torch.float64)
+    same = modulated_weight_reference(weight, styles, *how, dtype)
+    for part, want, near in zip(got, exact, same, strict=True):
+        assert (part.dtype, part.stride()) == (near.dtype, near.stride())
+        assert_accurate(part, want, near)
+    torch.library.opcheck(torch.ops.fastgen.modulated_weight, (weight, styles, *how, dtype))
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("up", [1, 2])
+@torch.no_grad()
+def test_compiled_inference(up, samples):
+    torch.compiler.reset()
+    x, weight, styles = torch.randn(samples, 32, 9, 9), torch.randn(32, 32, 3, 3), torch.randn(samples, 32)
+
+    def run(x):
+        return ops.modulated_conv2d(x, weight, styles, up=up, padding=1, resample_filter=F4, act="lrelu")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), run(x))
