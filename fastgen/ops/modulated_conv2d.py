@@ -14,8 +14,8 @@ largest |s[:,i]|, a = sqrt(I kh kw) max|weight[o] c| and b = max|s[n] / c|, a su
 sqrt(I kh kw) max|x|. Where an output needs channels that its styles make small, d may still be too large for
 float16: so it multiplies in float32.
 
-Where a CPU kernel is compiled, the composition is another one: everything in memory [N, H, W, C], the weight of
-one sample always folded, a transposed convolution as its phases, and one op for all that follows it.
+Where a CPU kernel is compiled, the composition is another one: everything in memory [N, H, W, C], the weight
+of one sample always folded, a transposed convolution as its phases, and one op for all that follows it.
 """
 
 import torch
@@ -235,8 +235,8 @@ def modulated_conv2d(
     y[n] = conv2d_resample(x[n] * styles[n], weight);  out = clamp(act(y d + noise + bias) * act_gain), with
     d[n,o] = rsqrt(sum((weight[o] * styles[n])^2) + 1e-8) if demodulate else 1. act, alpha, act_gain and clamp
     are those of bias_act. Everything is taken in x's dtype, and x in autocast's.
-    Returns:   [N, O, H', W'] as conv2d_resample. On a CPU channels_last is fast: other layouts are converted to
-               it and back.
+    Returns:   [N, O, H', W'] as conv2d_resample. On a CPU channels_last is fast; other layouts are converted
+               to it and back.
     Raises:    ValueError on shapes and values, TypeError on dtypes.
     Precision: d in float32 (float64 for float64); 16-bit sums cannot overflow where demodulate is set;
                twice differentiable in x, weight, styles, noise and bias.
