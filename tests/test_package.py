@@ -21,7 +21,7 @@ COMPILED = (
     *("render_triplane", "render_triplane_bwd"),
     *("sample_triplane", "sample_triplane_bwd", "sample_triplane_bwd2"),
     *("filtered_lrelu", "filtered_lrelu_bwd", "filtered_bias_act", "filtered_bias_act_bwd"),
-    *("modulated_weight", "conv3x3", "conv3x3_dw"),
+    *("modulated_weight", "channels_last", "conv3x3", "conv3x3_dw"),
 )
 
 

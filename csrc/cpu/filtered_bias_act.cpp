@@ -22,6 +22,7 @@ struct Job {
   int64_t noise_strides[4];
   Act act;
   void* out;
+  bool contiguous;  // the result's memory is [N, C, H, W]
   // Backward, else null: for every step the sums over pixels of g t and of g, t being the filtered input; and
   // the noise's gradient, g or its sum over channels.
   const void* dy;
@@ -99,8 +100,8 @@ template <class S>
 FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
   using T = accumulator_t<S>;
   const auto& filter = *static_cast<const Filter<T>*>(job.filter);
-  const int64_t C = job.channels, pixels = std::max<int64_t>(1, block / std::max<int64_t>(1, C));
-  const int64_t most = pixels * C;
+  const int64_t C = job.channels, least = job.contiguous ? 32 : 1;
+  const int64_t pixels = std::max<int64_t>(least, block / std::max<int64_t>(1, C)), most = pixels * C;
   const int64_t steps = ceil_div(job.out_h, rows_of_a_step);
   Row<S, T> row;
   row.padded.assign((job.out_w + filter.columns - 1) * C * (filter.y.empty() ? filter.rows : 1), T(0));
@@ -145,7 +146,7 @@ FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
 
         S* out = static_cast<S*>(job.out) + at;
         T* to = v;
-        if constexpr (std::is_same_v<S, T>) to = out;
+        if constexpr (std::is_same_v<S, T>) to = job.contiguous ? v : out;
         if (!job.dy) {
           map_any<0, T>(v, nullptr, to, size, job.act);
         } else {
@@ -171,7 +172,13 @@ FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
             }
           }
         }
-        if constexpr (!std::is_same_v<S, T>) {
+        if (job.contiguous) {
+          const int64_t plane = job.out_h * job.out_w;
+          out = static_cast<S*>(job.out) + n * C * plane + oy * job.out_w + ox;
+          for (int64_t c = 0; c < C; ++c) {
+            for (int64_t i = 0; i < p; ++i) out[c * plane + i] = static_cast<S>(v[i * C + c]);
+          }
+        } else if constexpr (!std::is_same_v<S, T>) {
           for (int64_t i = 0; i < size; ++i) out[i] = static_cast<S>(to[i]);
         }
       }
@@ -214,7 +221,7 @@ struct Parameters {
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // The result; or, for dy, the gradients of the filtered image, scale, noise and bias.
-Gradients apply(const Tensor* dy, const Parameters& p) {
+Gradients apply(const Tensor* dy, const Parameters& p, bool contiguous) {
   const char* op = "filtered_bias_act";
   const int64_t count = static_cast<int64_t>(p.x.size());
   FASTGEN_CHECK(count == 1 || count == 4, op, ": x must be 1 or 4 tensors, got ", count);
@@ -250,7 +257,9 @@ Gradients apply(const Tensor* dy, const Parameters& p) {
   FASTGEN_CHECK(job.out_w > 0 && job.out_h > 0, op, ": x, padded, must be at least as large as f");
   job.act = p.act;
 
-  Tensor out = workspace::empty(x, {N, C, job.out_h, job.out_w}, MemoryFormat::ChannelsLast);
+  job.contiguous = contiguous;
+  Tensor out = workspace::empty(x, {N, C, job.out_h, job.out_w},
+                                contiguous ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
   Tensor d_scale = out, d_noise = out, d_bias = out;
   dispatch(op, x.scalar_type(), [&](auto zero) {
     using T = accumulator_t<decltype(zero)>;
@@ -324,10 +333,10 @@ Tensor filtered_bias_act_cpu(const std::vector<Tensor>& x, const std::optional<T
                              const std::vector<int64_t>& padding, bool flip_filter, double fir_gain,
                              const std::optional<Tensor>& scale, const std::optional<Tensor>& noise,
                              const std::optional<Tensor>& b, const std::string& act, double alpha,
-                             double gain, double clamp) {
-  return std::get<0>(apply(
-      nullptr,
-      {x, f, padding, flip_filter, fir_gain, scale, noise, b, {activation_of(act), alpha, gain, clamp}}));
+                             double gain, double clamp, bool contiguous) {
+  const Act how{activation_of(act), alpha, gain, clamp};
+  return std::get<0>(
+      apply(nullptr, {x, f, padding, flip_filter, fir_gain, scale, noise, b, how}, contiguous));
 }
 
 Gradients filtered_bias_act_bwd_cpu(const Tensor& dy, const std::vector<Tensor>& x,
@@ -335,8 +344,8 @@ Gradients filtered_bias_act_bwd_cpu(const Tensor& dy, const std::vector<Tensor>&
                                     bool flip_filter, double fir_gain, const std::optional<Tensor>& scale,
                                     const std::optional<Tensor>& noise, const std::optional<Tensor>& b,
                                     const std::string& act, double alpha, double gain, double clamp) {
-  return apply(
-      &dy, {x, f, padding, flip_filter, fir_gain, scale, noise, b, {activation_of(act), alpha, gain, clamp}});
+  const Act how{activation_of(act), alpha, gain, clamp};
+  return apply(&dy, {x, f, padding, flip_filter, fir_gain, scale, noise, b, how}, false);
 }
 
 }  // namespace

@@ -53,12 +53,14 @@ def filtered_bias_act_reference(
     alpha: float,
     gain: float,
     clamp: float,  # negative: none
+    contiguous: bool,  # the result is that, not channels_last
 ) -> Tensor:
     """filtered_bias_act of differentiable ops."""
     v = _shifted(_filtered(x, f, padding, flip_filter, fir_gain), scale, noise)
     b = None if b is None else b.to(v.dtype)
     out = bias_act(v, b, 1, act, alpha, gain, None if clamp < 0 else clamp)
-    return out.to(x[0].dtype).contiguous(memory_format=torch.channels_last)
+    layout = torch.contiguous_format if contiguous else torch.channels_last
+    return out.to(x[0].dtype).contiguous(memory_format=layout)
 
 
 def filtered_bias_act_bwd_reference(
@@ -89,8 +91,9 @@ def _empty(like: Tensor, *shape, dtype=None) -> Tensor:
     return like.new_empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _fake(x, f, padding, *_):
-    return _empty(x[0], *x[0].shape[:2], *_out_size(x, f, padding))
+def _fake(x, f, padding, *others):
+    shape = *x[0].shape[:2], *_out_size(x, f, padding)
+    return x[0].new_empty(shape) if others[-1] else _empty(x[0], *shape)
 
 
 def _fake_bwd(dy, x, f, padding, flip_filter, fir_gain, scale, noise, *_):
@@ -101,7 +104,7 @@ def _fake_bwd(dy, x, f, padding, flip_filter, fir_gain, scale, noise, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    x, f, *ctx.filter_args, scale, noise, b, ctx.act, ctx.alpha, ctx.gain, ctx.clamp = inputs
+    x, f, *ctx.filter_args, scale, noise, b, ctx.act, ctx.alpha, ctx.gain, ctx.clamp, _ = inputs
     ctx.save_for_backward(*x, f, scale, noise, b)
 
 
@@ -115,7 +118,7 @@ def _backward(ctx, dy):
     d_scale = None if scale is None else d_scale
     d_noise = None if noise is None else d_noise.sum_to_size(noise.shape)
     d_b = None if b is None else d_b.to(b.dtype)
-    return dxs, *[None] * 4, d_scale, d_noise, d_b, *[None] * 4
+    return dxs, *[None] * 4, d_scale, d_noise, d_b, *[None] * 5
 
 
 def _setup_context_bwd(ctx, inputs, output):
@@ -142,7 +145,7 @@ _ARGUMENTS = (
     " Tensor? b, str act, float alpha, float gain, float clamp"
 )
 filtered_bias_act = define(
-    f"filtered_bias_act({_ARGUMENTS}) -> Tensor",
+    f"filtered_bias_act({_ARGUMENTS}, bool contiguous) -> Tensor",
     reference=filtered_bias_act_reference,
     fake=_fake,
     backward=_backward,

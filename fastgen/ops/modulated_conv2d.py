@@ -154,6 +154,20 @@ _modulated_weight = define(
 )
 
 
+def channels_last_reference(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x [N, C, H, W] times scale [N, C], in channels_last."""
+    y = x if scale is None else (wide(x) * scale.to(wide(x).dtype)[:, :, None, None]).to(x.dtype)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+_channels_last = define(
+    "channels_last(Tensor x, Tensor? scale) -> Tensor",
+    reference=channels_last_reference,
+    fake=lambda x, scale: x.new_empty(x.shape).contiguous(memory_format=torch.channels_last),
+    vmap=lambda *args: one_by_one(_channels_last)(*args),
+)
+
+
 def _fused(
     x, weight, styles, noise, up, down, padding, resample_filter, demodulate, flip_weight, bias, act, alpha,
     act_gain, clamp,
@@ -166,8 +180,7 @@ def _fused(
             x, weight, styles, noise, up, down, padding, resample_filter, demodulate, flip_weight, bias, act,
             alpha, act_gain, clamp,
         )  # fmt: skip
-    layout = memory_format(x)
-    x = x.contiguous(memory_format=torch.channels_last)
+    contiguous = memory_format(x) == torch.contiguous_format
     records = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, styles))
     flip = flip_weight == (up > 1)
     single = x.shape[0] == 1
@@ -179,8 +192,10 @@ def _fused(
             weight, styles, demodulate, flip, up > 1, up > 1 or not pays(x, weight, padding), x.dtype
         )
         d = d if d.shape[0] else None
-        x = x if single else x * styles.to(x.dtype)[:, :, None, None]
+        if contiguous or not single:
+            x = _channels_last(x, None if single else styles)
     else:
+        x = x.contiguous(memory_format=torch.channels_last)
         s, w, d, fold = _modulation(x, weight, styles, up, demodulate)
         if fold:
             w, d = _folded(w, s, d), None
@@ -198,10 +213,8 @@ def _fused(
     alpha, act_gain, clamp = check_act("modulated_conv2d", act, alpha, act_gain, clamp)
     if noise is not None:
         noise = noise.to(wide(x).dtype).view((1,) * (4 - noise.ndim) + noise.shape)
-    y = filtered_bias_act(
-        y, f, filter_padding, False, float(up**2), d, noise, bias, act, alpha, act_gain, clamp
-    )
-    return y.contiguous(memory_format=layout)
+    tail = act, alpha, act_gain, clamp
+    return filtered_bias_act(y, f, filter_padding, False, float(up**2), d, noise, bias, *tail, contiguous)
 
 
 _modulated_conv2d = define(

@@ -12,11 +12,13 @@ F4 = ops.setup_filter([1, 3, 3, 1])
 LRELU = ("lrelu", 0.2, 2**0.5, 1.5)
 
 
-def call(x, x01, x10, x11, f, scale, noise, b, padding=(0, 0, 0, 0), flip=False, gain=1.0, act=LRELU):
+def call(
+    x, x01, x10, x11, f, scale, noise, b, padding=(0, 0, 0, 0), flip=False, gain=1.0, act=LRELU, dense=False
+):
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale, noise = (t if t is None else t.to(wide) for t in (scale, noise))
     images = [x] if x01 is None else [x, x01, x10, x11]
-    return filtered_bias_act(images, f, list(padding), flip, gain, scale, noise, b, *act)
+    return filtered_bias_act(images, f, list(padding), flip, gain, scale, noise, b, *act, dense)
 
 
 call.__name__ = "filtered_bias_act"
@@ -44,6 +46,7 @@ class TestFilteredBiasAct(OpChecks):
              padding=(1, -1, 0, 1), act=("tanh", 0.0, 1.0, -1.0)),
         case("flipped", (1, 2, 5, 5), torch.tensor([1.0, 2, 4, 0.5]), noise=(1, 1, 1, 1), flip=True,
              padding=(-1, 3, 4, 0), act=("lrelu", 0.1, 1.0, -1.0)),
+        case("contiguous", (2, 40, 3, 50), F4, True, (2, 1, 4, 51), True, padding=(2, 2, 2, 2), dense=True),
         case("wide", (1, 3, 17, 700), F4, padding=(1, 2, 2, 1), b=True),
         case("many_channels", (1, 1100, 2, 3), scale=True, b=True),
     ]  # fmt: skip
@@ -60,9 +63,11 @@ class TestFilteredBiasAct(OpChecks):
         # Its callers check arguments; it only must not read what is not there.
         x = torch.zeros(1, 2, 3, 3)
         with pytest.raises((RuntimeError, IndexError)):
-            filtered_bias_act([x] * 3, None, [0] * 4, False, 1.0, None, None, None, *LRELU)
+            filtered_bias_act([x] * 3, None, [0] * 4, False, 1.0, None, None, None, *LRELU, False)
         with pytest.raises(RuntimeError):
-            filtered_bias_act([x], None, [0] * 4, False, 1.0, None, torch.zeros(1, 1, 4, 4), None, *LRELU)
+            filtered_bias_act(
+                [x], None, [0] * 4, False, 1.0, None, torch.zeros(1, 1, 4, 4), None, *LRELU, False
+            )
 
 
 @pytest.mark.parametrize("grad", [False, True])

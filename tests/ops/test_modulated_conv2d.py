@@ -6,7 +6,7 @@ from accuracy import assert_accurate
 from ops.checks import Case, OpChecks
 
 from fastgen import ops
-from fastgen.ops.modulated_conv2d import modulated_weight_reference
+from fastgen.ops.modulated_conv2d import channels_last_reference, modulated_weight_reference
 
 F4 = ops.setup_filter([1, 3, 3, 1])
 
@@ -239,3 +239,15 @@ def test_compiled_inference(up, samples):
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), run(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_channels_last(scaled, layout, dtype):
+    x = torch.randn(2, 21, 5, 9).to(dtype, memory_format=layout)
+    scale = torch.randn(2, 21) if scaled else None
+    got = torch.ops.fastgen.channels_last(x, scale)
+    assert got.stride() == torch.empty_like(x, memory_format=torch.channels_last).stride()
+    assert_accurate(got, channels_last_reference(x.double(), scale), channels_last_reference(x, scale))
+    torch.library.opcheck(torch.ops.fastgen.channels_last, (x, scale))
