@@ -1,10 +1,10 @@
 // x times a scale for each sample and channel, in memory [N, H, W, C]: what a modulated convolution reads.
-#include "workspace.h"
+#include "simd.h"
 
 namespace fastgen {
 namespace {
 
-constexpr int64_t tile = 32;  // pixels whose lines stay in the first-level cache while channels go by
+constexpr int64_t tile = 64;  // pixels whose lines stay in the first-level cache while channels go by
 
 struct Job {
   const void* x;
@@ -32,16 +32,22 @@ FASTGEN_INLINE void scale_tiles(const Job& job, int64_t begin, int64_t end) {
       }
       continue;
     }
-    constexpr int64_t some = 16;
-    for (int64_t c0 = 0; c0 < C; c0 += some) {
-      const int64_t here = std::min(some, C - c0);
-      T values[some][tile];
-      for (int64_t c = 0; c < here; ++c) {
-        const S* from = x + (c0 + c) * job.pixels + first;
-        for (int64_t p = 0; p < count; ++p) values[c][p] = static_cast<T>(from[p]) * scale[c0 + c];
-      }
-      for (int64_t p = 0; p < count; ++p) {
-        for (int64_t c = 0; c < here; ++c) out[p * C + c0 + c] = static_cast<S>(values[c][p]);
+    constexpr int64_t side = lanes<T>;
+    for (int64_t c = 0; c < C; c += side) {
+      for (int64_t p = 0; p < count; p += side) {
+        const S* from = x + c * job.pixels + first + p;
+        S* to = out + p * C + c;
+        if (c + side <= C && p + side <= count) {
+          Vec<T> square[side];
+          for (int64_t k = 0; k < side; ++k) square[k] = widen(from + k * job.pixels) * scale[c + k];
+          transpose<T>(square);
+          for (int64_t k = 0; k < side; ++k) narrow(to + k * C, square[k]);
+          continue;
+        }
+        for (int64_t k = 0; k < std::min(side, count - p); ++k) {
+          for (int64_t j = 0; j < std::min(side, C - c); ++j)
+            to[k * C + j] = static_cast<S>(static_cast<T>(from[j * job.pixels + k]) * scale[c + j]);
+        }
       }
     }
   }

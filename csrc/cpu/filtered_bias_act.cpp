@@ -4,7 +4,7 @@
 // shifts by whole pixels, so everything is sums of rows of numbers.
 #include "activate.h"
 #include "fir.h"
-#include "workspace.h"
+#include "simd.h"
 
 namespace fastgen {
 namespace {
@@ -96,11 +96,31 @@ FASTGEN_INLINE void read_row(const Job& job, int64_t n, int64_t oy, Row<S, T>& r
   }
 }
 
+// Pixels v [n, C] to out [C, n], rows of which are `plane` apart.
+template <class S, class T>
+FASTGEN_INLINE void write_transposed(const T* v, int64_t C, int64_t n, S* out, int64_t plane) {
+  constexpr int64_t side = lanes<T>;
+  for (int64_t c = 0; c < C; c += side) {
+    for (int64_t i = 0; i < n; i += side) {
+      if (c + side <= C && i + side <= n) {
+        Vec<T> square[side];
+        for (int64_t k = 0; k < side; ++k) square[k] = load(v + (i + k) * C + c);
+        transpose<T>(square);
+        for (int64_t k = 0; k < side; ++k) narrow(out + (c + k) * plane + i, square[k]);
+        continue;
+      }
+      for (int64_t k = c; k < std::min(C, c + side); ++k) {
+        for (int64_t j = i; j < std::min(n, i + side); ++j) out[k * plane + j] = static_cast<S>(v[j * C + k]);
+      }
+    }
+  }
+}
+
 template <class S>
 FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
   using T = accumulator_t<S>;
   const auto& filter = *static_cast<const Filter<T>*>(job.filter);
-  const int64_t C = job.channels, least = job.contiguous ? 32 : 1;
+  const int64_t C = job.channels, least = job.contiguous ? 64 : 1;
   const int64_t pixels = std::max<int64_t>(least, block / std::max<int64_t>(1, C)), most = pixels * C;
   const int64_t steps = ceil_div(job.out_h, rows_of_a_step);
   Row<S, T> row;
@@ -175,9 +195,7 @@ FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
         if (job.contiguous) {
           const int64_t plane = job.out_h * job.out_w;
           out = static_cast<S*>(job.out) + n * C * plane + oy * job.out_w + ox;
-          for (int64_t c = 0; c < C; ++c) {
-            for (int64_t i = 0; i < p; ++i) out[c * plane + i] = static_cast<S>(v[i * C + c]);
-          }
+          write_transposed(v, C, p, out, plane);
         } else if constexpr (!std::is_same_v<S, T>) {
           for (int64_t i = 0; i < size; ++i) out[i] = static_cast<S>(to[i]);
         }

@@ -8,6 +8,16 @@
 
 namespace fastgen {
 
+template <class V>
+FASTGEN_INLINE V softplus(V x) {
+  const V zero{}, positive = x > zero ? x : zero;  // NaN fails the comparison, and is in the other term
+  return positive + log1p_unit(exponential(x > zero ? -x : x));
+}
+template <class V>
+FASTGEN_INLINE V sigmoid(V x) {
+  return 1 / (1 + exponential(-x));
+}
+
 // Out of line, since they are long and compiled once for every instruction set.
 #define FASTGEN_FOR(T)                                                                                      \
   FASTGEN_SIMD static void multiply(const Product<T>& p, int64_t rows) {                                    \

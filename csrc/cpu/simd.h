@@ -99,6 +99,31 @@ FASTGEN_INLINE void narrow(S* to, const Vec<accumulator_t<S>>& v) {
   }
 }
 
+// Exchanges the blocks off the diagonal, of s by s numbers, in a square of vectors; then smaller ones.
+template <int s, class T>
+FASTGEN_INLINE void transpose_blocks(Vec<T>* rows) {
+  using Index = std::conditional_t<sizeof(T) == 4, Vec<int32_t>, Vec<int64_t>>;
+  constexpr int n = lanes<T>;
+  Index low, high;
+  for (int j = 0; j < n; ++j) {
+    low[j] = j & s ? n + j - s : j;
+    high[j] = j & s ? n + j : j + s;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if (i & s) continue;
+    const Vec<T> a = rows[i], b = rows[i + s];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + s] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (s > 1) transpose_blocks<s / 2, T>(rows);
+}
+// rows[i][j] to rows[j][i].
+template <class T>
+FASTGEN_INLINE void transpose(Vec<T>* rows) {
+  transpose_blocks<lanes<T> / 2, T>(rows);
+}
+
 constexpr int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
 }
@@ -170,16 +195,6 @@ FASTGEN_INLINE Vec<float> log1p_unit(Vec<float> e) {
 FASTGEN_INLINE Vec<double> log1p_unit(Vec<double> x) {
   for (int64_t i = 0; i < lanes<double>; ++i) x[i] = std::log1p(x[i]);
   return x;
-}
-
-template <class V>
-FASTGEN_INLINE V softplus(V x) {
-  const V zero{}, positive = x > zero ? x : zero;  // NaN fails the comparison, and is in the other term
-  return positive + log1p_unit(exponential(x > zero ? -x : x));
-}
-template <class V>
-FASTGEN_INLINE V sigmoid(V x) {
-  return 1 / (1 + exponential(-x));
 }
 
 // The memory of a matrix's rows: small strides are compile-time constants below, which saves registers.
