@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-from fastgen import info
-
 
 def quantile(values: list[float], share: float) -> float:
     return sorted(values)[round(share * (len(values) - 1))]
@@ -23,6 +21,7 @@ def rows(report: dict) -> list[dict]:
     """One row a case: milliseconds (median, 10th and 90th percentile), rates at the median, and the share of
     them that the floor is: the time of the bytes, or of the FLOP, at this machine's peaks."""
     cpu = report["machine_info"]["cpu"].get("brand_raw", platform.machine())
+    commit = report["commit_info"].get("id", "")[:7] + ("+" if report["commit_info"].get("dirty") else "")
     found = []
     for case in report["benchmarks"]:
         about, times = case["extra_info"], case["stats"]["data"]
@@ -40,7 +39,7 @@ def rows(report: dict) -> list[dict]:
                 "peak_mb": "" if about["peak"] is None else f"{about['peak'] / 2**20:.0f}",
                 "machine": cpu if about["device"] == "cpu" else about["device"],
                 "torch": torch.__version__,
-                "commit": info.commit() or "",
+                "commit": commit,
             }
         )
     return found
@@ -71,7 +70,8 @@ def table(found: list[dict]) -> str:
         lines.append("| " + " | ".join([*case, *times, *rates]) + " |")
     first = found[0]
     where = f"{first['machine']}, {first['threads']} threads; torch {first['torch']}"
-    return "\n".join([*lines, "", f"{where}; commit {first['commit']}; median."])
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
+    return "\n".join([*lines, "", f"{where}; commits {commits}; median."])
 
 
 def main() -> None:

@@ -186,10 +186,10 @@ def _fused(
     single = x.shape[0] == 1
     # In float16 several samples need the range that only the other way keeps.
     short = x.dtype in (torch.float32, torch.bfloat16) or (single and x.dtype == torch.float16)
-    if short and weight.dtype == torch.float32 and not records:
+    if short and weight.dtype != torch.float64 and not records:
         # PyTorch's convolutions would copy it to what they want.
         *weights, d = _modulated_weight(
-            weight, styles, demodulate, flip, up > 1, up > 1 or not pays(x, weight, padding), x.dtype
+            weight.float(), styles, demodulate, flip, up > 1, up > 1 or not pays(x, weight, padding), x.dtype
         )
         d = d if d.shape[0] else None
         if contiguous or not single:
