@@ -81,7 +81,10 @@ def main() -> None:
     parser.add_argument("--name", help="name of the files; default: the machine's")
     args = parser.parse_args()
 
-    found = [row for path in args.json for row in rows(json.loads(path.read_text()))]
+    # Of a case that is in several files, the last one counts.
+    names = ("op", "shape", "dtype", "layout", "route", "memory")
+    every = [row for path in args.json for row in rows(json.loads(path.read_text()))]
+    found = list({tuple(row[name] for name in names): row for row in every}.values())
     name = args.name or re.sub(r"\W+", "-", found[0]["machine"]).strip("-").lower()
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / f"{name}.csv").open("w", newline="") as file:
