@@ -29,9 +29,14 @@ def _interleaved(x: list[Tensor]) -> Tensor:
     return image[:, :, :height, :width]
 
 
+def _filters(f, padding, fir_gain) -> bool:
+    return f is not None or any(padding) or fir_gain != 1
+
+
 def _filtered(x: list[Tensor], f, padding, flip_filter, fir_gain) -> Tensor:
     x = _interleaved(x)
-    return x if f is None else upfirdn2d(x, f, 1, 1, padding, flip_filter, fir_gain)
+    filters = _filters(f, padding, fir_gain)
+    return upfirdn2d(x, f, 1, 1, padding, flip_filter, fir_gain) if filters else x
 
 
 def _shifted(t: Tensor, scale: Tensor | None, noise: Tensor | None) -> Tensor:
@@ -42,7 +47,7 @@ def _shifted(t: Tensor, scale: Tensor | None, noise: Tensor | None) -> Tensor:
 
 def filtered_bias_act_reference(
     x: list[Tensor],  # [N, C, H, W], or its four phases
-    f: Tensor | None,  # [taps] or [fh, fw]; None: padding is 0
+    f: Tensor | None,  # [taps] or [fh, fw]; None is the identity
     padding: list[int],  # [x0, x1, y0, y1]
     flip_filter: bool,
     fir_gain: float,
@@ -112,7 +117,8 @@ def _backward(ctx, dy):
     *x, f, scale, noise, b = ctx.saved_tensors
     act = ctx.act, ctx.alpha, ctx.gain, ctx.clamp
     dx, d_scale, d_noise, d_b = _filtered_bias_act_bwd(dy, x, f, *ctx.filter_args, scale, noise, b, *act)
-    if f is not None:
+    padding, _, fir_gain = ctx.filter_args
+    if _filters(f, padding, fir_gain):
         dx = transposed(dx, f, _out_size(x, None, [0] * 4), [1, 1], [1, 1], *ctx.filter_args)
     dxs = [dx] if len(x) == 1 else [dx[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
     d_scale = None if scale is None else d_scale

@@ -46,6 +46,7 @@ class TestFilteredBiasAct(OpChecks):
              padding=(1, -1, 0, 1), act=("tanh", 0.0, 1.0, -1.0)),
         case("flipped", (1, 2, 5, 5), torch.tensor([1.0, 2, 4, 0.5]), noise=(1, 1, 1, 1), flip=True,
              padding=(-1, 3, 4, 0), act=("lrelu", 0.1, 1.0, -1.0)),
+        case("identity", (1, 3, 4, 4), padding=(1, -1, 2, 0), gain=4.0, b=True),
         case("contiguous", (2, 40, 3, 50), F4, True, (2, 1, 4, 51), True, padding=(2, 2, 2, 2), dense=True),
         case("wide", (1, 3, 17, 700), F4, padding=(1, 2, 2, 1), b=True),
         case("many_channels", (1, 1100, 2, 3), scale=True, b=True),

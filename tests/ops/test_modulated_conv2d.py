@@ -37,6 +37,7 @@ class TestModulatedConv2d(OpChecks):
     cases = [
         case("up", (2, 3, 5, 6), (4, 3, 3, 3), (2, 1, 10, 12), (4,), F4, up=2, padding=1, flip_weight=False,
              act="lrelu", clamp=1.5),
+        case("up_without_filter", (2, 3, 5, 6), (4, 3, 3, 3), None, (4,), up=2, padding=[1, 0], act="lrelu"),
         case("layer", (3, 3, 6, 5), (4, 3, 3, 3), (6, 5), (4,), padding=1, act="lrelu", act_gain=0.7),
         case("to_rgb", (2, 5, 4, 6), (3, 5, 1, 1), None, (3,), demodulate=False, clamp=0.5),
         case("down", (2, 3, 8, 8), (4, 3, 3, 3), (1, 4, 4, 4), None, F4, down=2, padding=1),
