@@ -85,7 +85,7 @@ def test_op(measure, case, dtype, layout, route):
         return x, *(t.to(DEVICE, kind) for t in (torch.randn(outputs or channels), case.f, w, s))
 
     run = on_route(route, case.run)
-    small = inputs(8, 8 if case.outputs else 0, 64)
+    small = inputs(32, 32 if case.outputs else 0, 64)
     exact = on_route("pytorch", case.run)(*(t.double() for t in small))
     same = on_route("pytorch", case.run)(*small)
     eps = torch.finfo(kind).eps

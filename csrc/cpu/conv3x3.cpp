@@ -218,7 +218,8 @@ Tensor conv3x3_cpu(const Tensor& x, const Tensor& weight) {
 
   // Where most of a tile is outside, its taps that count may be small to the others, and so to their
   // rounding.
-  if (std::min(job.height, job.width) < 3) return torch::stable::copy_(out, convolution(source, weight));
+  if (job.in && std::min(job.height, job.width) < 3)
+    return torch::stable::copy_(out, convolution(source, weight));
 
   job.columns = round_up(job.out_channels, lane);
   job.tiles_y = ceil_div(job.height, 2);

@@ -22,6 +22,8 @@ Filter<T> read_filter(const char* op, const std::optional<Tensor>& f, bool flip,
     filter.x = {static_cast<T>(gain)};
     return filter;
   }
+  FASTGEN_CHECK((f->dim() == 1 || f->dim() == 2) && f->numel() > 0, op,
+                ": f must have 1 or 2 dimensions and at least one tap");
   std::vector<double> taps = host_vector<double>(op, *f);
   if (!flip) std::reverse(taps.begin(), taps.end());
   const int64_t columns = f->size(f->dim() - 1), rows = f->dim() == 1 ? columns : f->size(0);

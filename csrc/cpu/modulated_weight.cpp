@@ -76,8 +76,9 @@ FASTGEN_FOR(Half)
 std::vector<Tensor> modulated_weight_cpu(const Tensor& weight, const Tensor& styles, bool demodulate,
                                          bool flip, bool phases, bool channels_last, ScalarType dtype) {
   const char* op = "modulated_weight";
-  FASTGEN_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, op,
-                ": weight must be float32 [O, I, kh, kw]");
+  FASTGEN_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(2) > 0 &&
+                    weight.size(3) > 0,
+                op, ": weight must be float32 [O, I, kh, kw], with at least one tap");
   const int64_t O = weight.size(0), I = weight.size(1), kh = weight.size(2), kw = weight.size(3);
   FASTGEN_CHECK(styles.dim() == 2 && styles.size(1) == I, op, ": styles must have shape [N, I=", I, "]");
   FASTGEN_CHECK(!phases || (kh > 1 && kw > 1), op, ": phases need a kernel of 2 x 2 or more");

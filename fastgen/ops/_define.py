@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _backends
 
@@ -112,22 +113,9 @@ def differentiate(function: Callable, inputs: Sequence[Tensor | None], grads: Se
     return [None if x is None else next(found) for x in inputs]
 
 
-def one_by_one(call: Callable) -> Callable:
-    """A vmap rule: calls for one element of the mapped dimension after the other."""
-
-    def pick(x, dim, i):
-        if isinstance(dim, list | tuple):
-            return [pick(y, d, i) for y, d in zip(x, dim, strict=True)]
-        return x if dim is None else x.select(dim, i)
-
-    def rule(info, in_dims, *args):
-        outs = [call(*pick(args, in_dims, i)) for i in range(info.batch_size)]
-        if isinstance(outs[0], Tensor):
-            return torch.stack(outs), 0
-        outs = [torch.stack(each) for each in zip(*outs, strict=True)]
-        return outs, [0] * len(outs)
-
-    return rule
+def is_transformed() -> bool:
+    """Is this within torch.func's transforms, or in forward-mode differentiation?"""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _fresh(function: Callable) -> Callable:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define, one_by_one, require, require_same_device, require_tensor
+from ._define import define, require, require_same_device, require_tensor
 
 
 def conv3x3_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -65,7 +65,6 @@ _conv3x3 = define(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
-    vmap=lambda *args: one_by_one(_conv3x3)(*args),
 )
 _conv3x3_dw = define(
     "conv3x3_dw(Tensor dy, Tensor x) -> Tensor",
@@ -73,7 +72,6 @@ _conv3x3_dw = define(
     fake=lambda dy, x: x.new_empty(dy.shape[1], x.shape[1], 3, 3),
     backward=_backward_dw,
     setup_context=_setup_context,
-    vmap=lambda *args: one_by_one(_conv3x3_dw)(*args),
 )
 
 

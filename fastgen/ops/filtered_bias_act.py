@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define, differentiate, one_by_one, wide
+from ._define import define, differentiate, wide
 from .bias_act import bias_act, bias_act_bwd
 from .upfirdn2d import transposed, upfirdn2d
 
@@ -93,7 +93,8 @@ def _out_size(x: list[Tensor], f: Tensor | None, padding: list[int]) -> tuple[in
 
 
 def _empty(like: Tensor, *shape, dtype=None) -> Tensor:
-    return like.new_empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    dtype = dtype or like.dtype
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _fake(x, f, padding, *others):
@@ -156,7 +157,6 @@ filtered_bias_act = define(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
-    vmap=lambda *args: one_by_one(filtered_bias_act)(*args),
 )
 _filtered_bias_act_bwd = define(
     f"filtered_bias_act_bwd(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -164,5 +164,4 @@ _filtered_bias_act_bwd = define(
     fake=_fake_bwd,
     backward=_backward_bwd,
     setup_context=_setup_context_bwd,
-    vmap=lambda *args: one_by_one(_filtered_bias_act_bwd)(*args),
 )

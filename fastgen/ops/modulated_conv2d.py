@@ -24,8 +24,8 @@ from torch import Tensor
 from .._backends import compiled
 from ._define import (
     define,
+    is_transformed,
     memory_format,
-    one_by_one,
     require,
     require_same_device,
     require_shape,
@@ -141,7 +141,7 @@ def _modulated_weight_fake(weight, styles, demodulate, flip, phases, channels_la
     parts = phases_of_weight(weight) if phases else [weight]
     layout = torch.channels_last if channels_last else torch.contiguous_format
     rows = styles.shape[0] if demodulate and styles.shape[0] > 1 else 0
-    parts = [p.new_empty(p.shape, dtype=dtype).contiguous(memory_format=layout) for p in parts]
+    parts = [torch.empty(p.shape, dtype=dtype, device=p.device, memory_format=layout) for p in parts]
     return [*parts, weight.new_empty(rows, weight.shape[0])]
 
 
@@ -150,7 +150,6 @@ _modulated_weight = define(
     " bool channels_last, ScalarType dtype) -> Tensor[]",
     reference=modulated_weight_reference,
     fake=_modulated_weight_fake,
-    vmap=lambda *args: one_by_one(_modulated_weight)(*args),
 )
 
 
@@ -163,8 +162,9 @@ def channels_last_reference(x: Tensor, scale: Tensor | None) -> Tensor:
 _channels_last = define(
     "channels_last(Tensor x, Tensor? scale) -> Tensor",
     reference=channels_last_reference,
-    fake=lambda x, scale: x.new_empty(x.shape).contiguous(memory_format=torch.channels_last),
-    vmap=lambda *args: one_by_one(_channels_last)(*args),
+    fake=lambda x, scale: torch.empty(
+        x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    ),
 )
 
 
@@ -175,7 +175,8 @@ def _fused(
     """In memory [N, H, W, C], with one pass after the convolution, where that is compiled."""
     kh, kw = weight.shape[2:]
     transposed = up == 2 and min(*padding, kh - 2, kw - 2) >= 0
-    if not (x.device.type == "cpu" and compiled("cpu") and down == 1 and (up == 1 or transposed)):
+    here = x.device.type == "cpu" and compiled("cpu") and not is_transformed()
+    if not (here and down == 1 and (up == 1 or transposed)):
         return modulated_conv2d_reference(
             x, weight, styles, noise, up, down, padding, resample_filter, demodulate, flip_weight, bias, act,
             alpha, act_gain, clamp,

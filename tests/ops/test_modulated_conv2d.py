@@ -206,6 +206,25 @@ def test_vmap(up, samples, device):
 
     got = torch.vmap(run)(x, styles, bias)
     want = torch.stack([run(*each) for each in zip(x, styles, bias, strict=True)])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_functional_derivatives(samples, device):
+    x, styles, weight = torch.randn(samples, 5, 6, 6), torch.randn(samples, 5), torch.randn(4, 5, 3, 3)
+
+    def run(*args):
+        return ops.modulated_conv2d(*args, padding=1)
+
+    inputs = [t.double() for t in (x, weight, styles)]
+    tangents = [torch.randn_like(t) for t in inputs]
+    _, got = torch.func.jvp(run, tuple(inputs), tuple(tangents))
+    step = 1e-6
+    ends = [run(*(t + s * d for t, d in zip(inputs, tangents, strict=True))) for s in (step, -step)]
+    torch.testing.assert_close(got, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-6)
+    got = torch.func.grad(lambda w: run(inputs[0], w, inputs[2]).square().sum())(inputs[1])
+    wanted = inputs[1].requires_grad_()
+    (want,) = torch.autograd.grad(run(inputs[0], wanted, inputs[2]).square().sum(), wanted)
     torch.testing.assert_close(got, want)
 
 
