@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 import fastgen
 from fastgen import ops
 from fastgen.ops.bias_act import DEFAULTS
+from fastgen.ops.conv3x3 import conv3x3
 
 CALLS = os.environ.get("FASTGEN_FUZZ")
 LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "reversed", "expanded", "offset")
@@ -317,6 +318,19 @@ def test_conv2d_resample(draw):
     _, (x, w, f), params = resampling(draw, dtype, groups, i, groups * o)
     params |= {"groups": groups, "flip_filter": one_of(draw, False, True)}
     check(draw, ops.conv2d_resample, {"x": x, "w": w, "f": f}, params)
+
+
+@fuzz
+def test_conv3x3(draw):
+    wide = one_of(draw, True, False)
+    i, o = (integer(draw, 1, 70) if wide else channels(draw) for _ in range(2))
+    n, h, w = integer(draw, 0, 3), integer(draw, 1, 21), integer(draw, 1, 21)
+    makers = {
+        "x": tensor(draw, n, i, h, w, dtype=torch.float32),
+        "weight": tensor(draw, o, i, 3, 3, dtype=torch.float32),
+    }
+    # An infinity in x makes NaN of infinity minus infinity, or of zero times it, where PyTorch's sums do.
+    check(draw, conv3x3, makers, {}, stops_nan=True)
 
 
 @fuzz

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastgen
 from fastgen import ops
+from fastgen.ops.conv3x3 import conv3x3
 
 
 def results(dtype=torch.float64):
@@ -26,7 +27,9 @@ def results(dtype=torch.float64):
     planes, decoder = normal(2, 3, 8, 16, 16), [normal(16, 8), normal(16), normal(5, 16), normal(5)]
     rays = normal(2, 300, 3).detach(), normal(2, 300, 3).detach()
     options = {"ray_start": 0.5, "ray_end": 2.0, "depth_resolution": 12}
+    image, kernel = (normal(*s).detach().float().requires_grad_() for s in ((2, 40, 20, 18), (33, 40, 3, 3)))
     calls = {
+        "conv3x3": (conv3x3(image, kernel), [image, kernel]),
         "upfirdn2d": (ops.upfirdn2d(x, f, 2, padding=[2, 1, 2, 1]), [x]),
         "bias_act": (ops.bias_act(x, b, act="swish"), [x, b]),
         "filtered_lrelu": (ops.filtered_lrelu(x, f, f, b, up=2, down=2, padding=3), [x, b]),
@@ -49,7 +52,11 @@ def results(dtype=torch.float64):
 def assert_right(got):
     # In float64 what is left is the order of sums, far below the default tolerances.
     with fastgen.backend("reference"):
-        torch.testing.assert_close(got, results())
+        want = results()
+    for name, value in want.items():
+        scale = value.abs().max().item()
+        tolerance = 1e-9 if value.dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance * scale)
 
 
 @pytest.fixture
@@ -66,7 +73,7 @@ def test_numbers_of_threads_agree(threads):
         threads(count)
         assert_right(results())
         found.append(results(torch.float32))
-    for name in ("upfirdn2d", "bias_act", "render_triplane"):
+    for name in ("upfirdn2d", "bias_act", "render_triplane", "conv3x3"):
         assert torch.equal(found[0][name], found[1][name]) and torch.equal(found[0][name], found[2][name])
 
 
