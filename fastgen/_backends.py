@@ -131,7 +131,7 @@ def served(op: str) -> dict[str, tuple[str, str]]:
     """Per device type: the backend that calls of `op` reach, and why it cannot run, or why none is faster."""
     registered = torch._C._dispatch_dump(f"fastgen::{op}")
     if "CompositeImplicitAutograd" in registered:
-        return dict.fromkeys(("cpu", "cuda"), ("composed", "made of other ops"))
+        return dict.fromkeys(("cpu", "cuda"), ("composed", ""))  # of other ops
     answer = {}
     for device, (usable, reason) in status().items():
         if device not in ("cpu", "cuda"):

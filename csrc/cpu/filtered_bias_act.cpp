@@ -156,12 +156,11 @@ FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
           noise = static_cast<const T*>(job.noise) + n * s[0] + oy * s[2] + ox * s[3];
         }
         for (int64_t i = 0; i < p; ++i) {
-          const T z = noise ? noise[i * job.noise_strides[3]] : T(0);
+          const bool of_channels = noise && job.noise_strides[1];
+          const T z = noise && !of_channels ? noise[i * job.noise_strides[3]] : T(0);
           for (int64_t c = 0; c < C; ++c) v[i * C + c] = t[i * C + c] * scale[c] + (bias[c] + z);
-          if (noise && job.noise_strides[1]) {
-            for (int64_t c = 1; c < C; ++c)
-              v[i * C + c] += noise[i * job.noise_strides[3] + c * job.noise_strides[1]] - z;
-          }
+          for (int64_t c = 0; of_channels && c < C; ++c)
+            v[i * C + c] += noise[i * job.noise_strides[3] + c * job.noise_strides[1]];
         }
 
         S* out = static_cast<S*>(job.out) + at;

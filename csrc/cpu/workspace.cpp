@@ -1,5 +1,9 @@
 #include "workspace.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 #include <mutex>
 #include <new>
 #include <unordered_map>
@@ -30,9 +34,20 @@ struct State {
   }
 };
 
+State* make_state();
+
 State& state() {
-  static State* forever = new State;  // tensors may outlive every static
+  static State* forever = make_state();  // tensors may outlive every static
   return *forever;
+}
+
+State* make_state() {
+#if defined(__unix__) || defined(__APPLE__)
+  // A fork in the middle of another thread's take or give would leave the child's mutex locked.
+  pthread_atfork([] { state().mutex.lock(); }, [] { state().mutex.unlock(); },
+                 [] { state().mutex.unlock(); });
+#endif
+  return new State;
 }
 
 void empty_workspace() {

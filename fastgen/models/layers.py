@@ -284,7 +284,7 @@ class SynthesisBlock(nn.Module):
 def compute_in(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Have all synthesis blocks of a model compute in this dtype; None: as each was made."""
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"dtype must be float32, bfloat16, float16, float64 or None, got {dtype!r}")
+        raise TypeError(f"dtype must be torch.float32, bfloat16, float16, float64 or None, got {dtype!r}")
     for module in model.modules():
         if isinstance(module, SynthesisBlock):
             module.compute_dtype = dtype

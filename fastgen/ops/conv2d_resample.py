@@ -133,6 +133,8 @@ def check_resample(op: str, x, w, f, up, down, padding, groups: int = 1, names=(
     for name, images in (("x", x), (names[0], w)):
         text = "{} must have at least one row and one column, got {}"
         require(images.shape[2] > 0 and images.shape[3] > 0, op, text, name, images.shape)
+    text = "{} must have at least one output and one input channel, got {}"
+    require(o > 0 and i > 0, op, text, names[0], w.shape)
     product = "" if groups == 1 else "groups * I = {1} * "
     text = "x must have " + product + "{2} channels, got {0}"
     require(x.shape[1] == groups * i, op, text, x.shape[1], groups, i)

@@ -177,5 +177,7 @@ def filtered_lrelu(
     fu, fd = (f if f is None else f.detach().to(wide) for f in (fu, fd))
     b = b if b is None else b.to(x.dtype)
     # Where there is no kernel, autograd sees the parts: they keep v, and needn't compute it again.
-    run = _filtered_lrelu if x.is_cpu and compiled("cpu") else filtered_lrelu_reference
+    # The kernel's rows have as many phases as the least common multiple.
+    fused = x.is_cpu and compiled("cpu") and math.lcm(up, down) <= 64
+    run = _filtered_lrelu if fused else filtered_lrelu_reference
     return run(x, fu, fd, b, up, down, padding, gain, slope, clamp, bool(flip_filter))

@@ -300,7 +300,7 @@ def test_bfloat16_images_are_the_float32_ones(batch):
     compute_in(teacher, None)
     assert torch.equal(teacher.synthesis(ws, c)["image"], want["image"])
     with pytest.raises(
-        TypeError, match="^dtype must be float32, bfloat16, float16, float64 or None, got 'x'"
+        TypeError, match="^dtype must be torch.float32, bfloat16, float16, float64 or None, got 'x'"
     ):
         fastgen.load_teacher("toy", dtype="x")
 

@@ -71,6 +71,26 @@ class TestFilteredBiasAct(OpChecks):
             )
 
 
+def test_noise_of_one_channel_stays_there(device):
+    noise = torch.tensor([torch.inf, 1.0, 2.0]).view(1, 3, 1, 1)
+    out = filtered_bias_act(
+        [torch.zeros(1, 3, 2, 2)],
+        None,
+        [0] * 4,
+        False,
+        1.0,
+        None,
+        noise,
+        None,
+        "linear",
+        0.0,
+        1.0,
+        -1.0,
+        False,
+    )
+    assert torch.equal(out, noise.expand(1, 3, 2, 2))
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_modulated_conv2d_runs_on_it(grad, device):
     # With and without phases, against the definition on large images, in both memory layouts.

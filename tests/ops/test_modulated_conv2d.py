@@ -66,6 +66,11 @@ class TestModulatedConv2d(OpChecks):
             ValueError,
             "modulated_conv2d: styles must have 2 dimensions [N, I], got 1 ([3])",
         ),
+        (
+            {"weight": torch.zeros(0, 3, 3, 3)},
+            ValueError,
+            "modulated_conv2d: weight must have at least one output and one input channel, got [0, 3, 3, 3]",
+        ),
         ({"bias": torch.zeros(3)}, ValueError, "modulated_conv2d: bias must have shape [O=4], got [3]"),
         (
             {"noise": torch.zeros(9, 12)},

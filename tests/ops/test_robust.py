@@ -89,6 +89,33 @@ def test_one_thread_by_the_environment(tmp_path):
     assert_right(torch.load(tmp_path / "results.pt"))
 
 
+def test_fork_while_another_thread_computes():
+    # In a process of its own: a child that waits for ever shall not keep the tests.
+    code = (
+        "import os, threading, torch, fastgen\n"
+        "from fastgen import ops\n"
+        "torch.set_num_threads(1)\n"
+        "def call():\n"
+        "    with torch.no_grad():\n"
+        "        x, w = torch.ones(1, 32, 96, 96), torch.ones(32, 32, 3, 3)\n"
+        "        ops.modulated_conv2d(x, w, torch.ones(1, 32), padding=1)\n"
+        "stop = False\n"
+        "def loop():\n"
+        "    while not stop: call()\n"
+        "threads = [threading.Thread(target=loop) for _ in range(3)]\n"
+        "[t.start() for t in threads]\n"
+        "for _ in range(40):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        call(); os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0\n"
+        "stop = True\n"
+        "[t.join() for t in threads]\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, check=True, timeout=120)
+
+
 class Results(Dataset):
     def __len__(self):
         return 4
