@@ -161,12 +161,13 @@ def test_info(capsys):
     assert {"upfirdn2d", "bias_act"} <= set(found["ops"])
     for op, devices in found["ops"].items():
         assert op in table
-        assert {by["backend"] for by in devices.values()} <= {"cpu", "cuda", "triton", "reference"}
+        assert {by["backend"] for by in devices.values()} <= {"cpu", "cuda", "triton", "composed", "reference"}
         usable, reason = found["backends"]["cpu"].values()
         if devices["cpu"]["backend"] == "cpu":
             assert usable
         else:
-            assert devices["cpu"]["why"]
+            assert devices["cpu"]["why"] or devices["cpu"]["backend"] == "composed"
+    assert "unusable" not in next(line for line in table.splitlines() if line.startswith("modulated_conv2d"))
     if not usable:
         assert reason in table
 
