@@ -161,7 +161,8 @@ def test_info(capsys):
     assert {"upfirdn2d", "bias_act"} <= set(found["ops"])
     for op, devices in found["ops"].items():
         assert op in table
-        assert {by["backend"] for by in devices.values()} <= {"cpu", "cuda", "triton", "composed", "reference"}
+        served = {by["backend"] for by in devices.values()}
+        assert served <= {"cpu", "cuda", "triton", "composed", "reference"}
         usable, reason = found["backends"]["cpu"].values()
         if devices["cpu"]["backend"] == "cpu":
             assert usable
