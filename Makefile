@@ -36,7 +36,7 @@ gpu:
 	$(HERE) -m pytest benchmarks --benchmark-json="$(OUT)/bench.json"
 	$(HERE) benchmarks/report.py "$(OUT)/bench.json" --out "$(OUT)"
 
-# Random calls of the ops, many of them; then tensors beyond 2^31 elements, where 14 GB of memory are free.
+# Random calls of the ops, many of them; then tensors beyond 2^31 elements, for which 14 GB of memory must be free.
 fuzz: $(STAMP)
 	FASTGEN_FUZZ=2000 $(BIN)/python -m pytest tests/ops/test_fuzz.py
 	FASTGEN_BIG=1 $(BIN)/python -m pytest tests/ops/test_robust.py

@@ -54,6 +54,14 @@ def on_route(route: str, function):
     return run
 
 
+def derivative(run, inputs, *others):
+    """The result of run(inputs, *others), and a function that makes the gradients of the inputs."""
+    inputs = [x.requires_grad_() for x in inputs]
+    result = run(inputs, *others)
+    dy = torch.randn_like(result)
+    return result, lambda: torch.autograd.grad(result, inputs, dy, retain_graph=True)
+
+
 def _seconds(function, repeats: int = 5) -> float:
     times = []
     for _ in range(repeats + 1):

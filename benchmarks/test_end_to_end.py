@@ -1,25 +1,39 @@
 """Whole images and a whole training step, at full size with random weights.
 
 FLOP are counted by PyTorch on the plain route, where the renderer's matrix products are in sight. The plain
-route of a step is plain in the teacher, the student and their gradients.
+route of a step is plain in the teacher, the student and their gradients; its images are contiguous, as in the
+original code. The other routes have them channels_last on a CPU.
 """
 
 import math
 
+import conftest
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, ROUTES, on_route
+from conftest import DEVICE, DTYPES
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgen import presets
-from fastgen.models.layers import compute_in
+from fastgen.models.layers import SynthesisBlock, compute_in
 from fastgen.models.student import Student
 from fastgen.models.teacher import Teacher
 from fastgen.train.data import render_targets
 from fastgen.train.losses import reconstruction_terms
 
 STUDENTS = {"student": "full", "student_compact": "compact"}
+ROUTES = (*conftest.ROUTES, "pytorch, channels_last")
 _flop: dict[str, int] = {}
+
+
+def on_route(route: str, function):
+    run = conftest.on_route(route.split(",")[0], function)
+
+    def laid_out():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SynthesisBlock, "channels_last", route != "pytorch")
+            return run()
+
+    return laid_out
 
 
 def models(preset: str):
@@ -94,7 +108,8 @@ def test_training_step(measure, route):
 
     count = flop("step", lambda: step(losses))
     forward = on_route(route, losses)
-    whole = on_route("pytorch", lambda: step(losses)) if route == "pytorch" else lambda: step(forward)
+    # Gradients, too, run on the route; only what they are of is compiled.
+    whole = on_route(route, lambda: step(losses)) if "compile" not in route else lambda: step(forward)
     assert math.isfinite(whole())
     parameters = sum(p.numel() for p in [*teacher.parameters(), *student.parameters()])
     measure(

@@ -7,7 +7,7 @@ decoder, for gradients three times, since it is evaluated again, and as bytes th
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, ROUTES, on_route
+from conftest import DEVICE, DTYPES, ROUTES, derivative, on_route
 
 from fastgen import camera, ops, presets
 
@@ -48,18 +48,8 @@ def test_render(measure, direction, dtype, route):
         assert error <= 1e-2 * exact.abs().max(), "wrong result, not timed"
 
     backward = direction == "backward"
-    tensors = [x.requires_grad_(backward) for x in tensors]
-    with torch.set_grad_enabled(backward):
-        features = run(tensors, rays)
-    dy = torch.randn_like(features)
-
-    def timed():
-        if backward:
-            torch.autograd.grad(features, tensors, dy, retain_graph=True)
-        else:
-            with torch.no_grad():
-                run(tensors, rays)
-
+    timed = torch.no_grad()(lambda: run(tensors, rays))
+    features, timed = derivative(run, tensors, rays) if backward else (timed(), timed)
     measure(
         timed,
         5,
@@ -94,8 +84,8 @@ def test_cost_is_linear(measure, batch, side, samples):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_sample(measure, direction, dtype, layout, route):
-    def sample(planes, points):
-        return ops.sample_triplane(planes, points, reduce="mean")
+    def sample(tensors):
+        return ops.sample_triplane(*tensors, reduce="mean")
 
     run = on_route(route, sample)
     origins, directions = cameras(64)
@@ -108,25 +98,15 @@ def test_sample(measure, direction, dtype, layout, route):
 
     with torch.no_grad():
         few = points[:, ::97]
-        exact = on_route("pytorch", sample)(planes.double(), few.double())
-        error = (run(planes, few).double() - exact).abs().max()
+        exact = on_route("pytorch", sample)([planes.double(), few.double()])
+        error = (run([planes, few]).double() - exact).abs().max()
         # Positions are float32: off by 1e-5 of a pixel.
         allowed = 4 * torch.finfo(DTYPES[dtype]).eps + 1e-4
         assert error <= allowed * exact.abs().max(), "wrong result, not timed"
 
     backward = direction == "backward"
-    tensors = [x.requires_grad_(backward) for x in (planes, points)]
-    with torch.set_grad_enabled(backward):
-        features = run(*tensors)
-    dy = torch.randn_like(features)
-
-    def timed():
-        if backward:
-            torch.autograd.grad(features, tensors, dy, retain_graph=True)
-        else:
-            with torch.no_grad():
-                run(*tensors)
-
+    timed = torch.no_grad()(lambda: run([planes, points]))
+    features, timed = derivative(run, [planes, points]) if backward else (timed(), timed)
     measure(
         timed,
         5,

@@ -38,6 +38,17 @@
 #define FASTGEN_SIMD
 #endif
 
+// Defines run(S(), job, begin, end) for each dtype S, as function<S>(job, begin, end) with that mark.
+#define FASTGEN_RUN_ONE(S, function)                                            \
+  FASTGEN_SIMD static void run(S, const Job& job, int64_t begin, int64_t end) { \
+    function<S>(job, begin, end);                                               \
+  }
+#define FASTGEN_RUN(function)         \
+  FASTGEN_RUN_ONE(float, function)    \
+  FASTGEN_RUN_ONE(double, function)   \
+  FASTGEN_RUN_ONE(BFloat16, function) \
+  FASTGEN_RUN_ONE(Half, function)
+
 #define FASTGEN_CHECK STD_TORCH_CHECK
 
 namespace fastgen {

@@ -27,7 +27,7 @@ FASTGEN_INLINE const T* load(const S* x, T* buffer, int64_t n) {
 }
 
 template <class S>
-FASTGEN_INLINE void run(const Job& job, int64_t begin, int64_t end) {
+FASTGEN_INLINE void run_blocks(const Job& job, int64_t begin, int64_t end) {
   using T = accumulator_t<S>;
   T value_buffer[block], gradient_buffer[block], second_buffer[block];
   const auto* x = static_cast<const S*>(job.x);
@@ -74,31 +74,7 @@ FASTGEN_INLINE void run(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-FASTGEN_SIMD void run_float(const Job& job, int64_t begin, int64_t end) {
-  run<float>(job, begin, end);
-}
-FASTGEN_SIMD void run_double(const Job& job, int64_t begin, int64_t end) {
-  run<double>(job, begin, end);
-}
-FASTGEN_SIMD void run_bfloat16(const Job& job, int64_t begin, int64_t end) {
-  run<BFloat16>(job, begin, end);
-}
-FASTGEN_SIMD void run_half(const Job& job, int64_t begin, int64_t end) {
-  run<Half>(job, begin, end);
-}
-
-void run(float, const Job& job, int64_t begin, int64_t end) {
-  run_float(job, begin, end);
-}
-void run(double, const Job& job, int64_t begin, int64_t end) {
-  run_double(job, begin, end);
-}
-void run(BFloat16, const Job& job, int64_t begin, int64_t end) {
-  run_bfloat16(job, begin, end);
-}
-void run(Half, const Job& job, int64_t begin, int64_t end) {
-  run_half(job, begin, end);
-}
+FASTGEN_RUN(run_blocks)
 
 Tensor apply(const Tensor* ddx, const Tensor* dy, const Tensor& x, const std::optional<Tensor>& b,
              int64_t dim, const std::string& act, double alpha, double gain, double clamp) {

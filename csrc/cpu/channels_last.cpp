@@ -53,15 +53,7 @@ FASTGEN_INLINE void scale_tiles(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-#define FASTGEN_FOR(S)                                                          \
-  FASTGEN_SIMD static void run(S, const Job& job, int64_t begin, int64_t end) { \
-    scale_tiles<S>(job, begin, end);                                            \
-  }
-FASTGEN_FOR(float)
-FASTGEN_FOR(double)
-FASTGEN_FOR(BFloat16)
-FASTGEN_FOR(Half)
-#undef FASTGEN_FOR
+FASTGEN_RUN(scale_tiles)
 
 Tensor channels_last_cpu(const Tensor& x, const std::optional<Tensor>& scale) {
   const char* op = "channels_last";

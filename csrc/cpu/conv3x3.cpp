@@ -212,7 +212,8 @@ Tensor conv3x3_cpu(const Tensor& x, const Tensor& weight) {
   job.height = x.size(2);
   job.width = x.size(3);
   job.out_channels = weight.size(0);
-  Tensor out = empty(x, {batch, job.out_channels, job.height, job.width}, MemoryFormat::ChannelsLast);
+  Tensor out =
+      workspace::empty(x, {batch, job.out_channels, job.height, job.width}, MemoryFormat::ChannelsLast);
   if (!out.numel()) return out;
   const Tensor source = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 

@@ -12,6 +12,7 @@ namespace {
 using Floats = Vec<float>;
 constexpr int64_t lane = lanes<float>;
 constexpr int64_t panel = 2 * lane;  // columns of the weights that stand together
+constexpr int64_t tile_rows = 12;    // of a product's sums that are held in registers
 
 struct Job {
   const float* x;  // [N, H, W, I]

@@ -31,10 +31,10 @@ struct Job {
   bool d_noise_of_channels;
 };
 
-// The filtered row is the sum of taps[k] times the row at from[k]; from16 instead of from if there's one tap.
+// The filtered row is the sum of taps[k] times the row at from[k]; or, if not null, taps[0] times `whole`.
 template <class S, class T>
 struct Row {
-  std::vector<T> padded, taps, weights;
+  std::vector<T> padded, taps;
   std::vector<const T*> from;
   std::vector<const S*> rows;
   const S* whole;
@@ -209,15 +209,7 @@ FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-#define FASTGEN_FOR(S)                                                          \
-  FASTGEN_SIMD static void run(S, const Job& job, int64_t begin, int64_t end) { \
-    run_steps<S>(job, begin, end);                                              \
-  }
-FASTGEN_FOR(float)
-FASTGEN_FOR(double)
-FASTGEN_FOR(BFloat16)
-FASTGEN_FOR(Half)
-#undef FASTGEN_FOR
+FASTGEN_RUN(run_steps)
 
 // x in memory [N, H, W, C].
 Tensor channels_last(const Tensor& x) {

@@ -64,14 +64,7 @@ FASTGEN_INLINE void fold_rows(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-#define FASTGEN_FOR(S)                                                           \
-  FASTGEN_SIMD static void fold(S, const Job& job, int64_t begin, int64_t end) { \
-    fold_rows<S>(job, begin, end);                                               \
-  }
-FASTGEN_FOR(float)
-FASTGEN_FOR(BFloat16)
-FASTGEN_FOR(Half)
-#undef FASTGEN_FOR
+FASTGEN_RUN(fold_rows)
 
 std::vector<Tensor> modulated_weight_cpu(const Tensor& weight, const Tensor& styles, bool demodulate,
                                          bool flip, bool phases, bool channels_last, ScalarType dtype) {
@@ -108,12 +101,7 @@ std::vector<Tensor> modulated_weight_cpu(const Tensor& weight, const Tensor& sty
   const Tensor d = empty(weight, {N > 1 && demodulate ? N : 0, O}, MemoryFormat::Contiguous);
   job.d = d.numel() ? mutable_data<float>(d) : nullptr;
   dispatch(op, dtype, [&](auto zero) {
-    using S = decltype(zero);
-    if constexpr (std::is_same_v<S, double>) {
-      FASTGEN_CHECK(false, op, ": dtype must be float32, bfloat16 or float16");
-    } else {
-      parallel_for(O, 2 * I * kh * kw, [&](int64_t begin, int64_t end) { fold(zero, job, begin, end); });
-    }
+    parallel_for(O, 2 * I * kh * kw, [&](int64_t begin, int64_t end) { run(zero, job, begin, end); });
   });
   parts.push_back(d);
   return parts;

@@ -95,15 +95,40 @@ class Readable {
   Buffer<S> copy_;
 };
 
+// What a call gives, but for the planes: image by image, as the kernels take it.
 template <class S>
-Job<S> make_job(const Tensor& planes, const Tensor& coordinates, const std::vector<double>& projection,
-                bool mean) {
-  Job<S> job{planes.size(3), planes.size(4), planes.size(2), 0,      coordinates.size(1), mean, {},
-             nullptr,        nullptr,        nullptr,        nullptr};
-  job.padded = round_up(job.C, lanes<accumulator_t<S>>);
-  for (int64_t i = 0; i < 18; ++i) job.matrix[i] = static_cast<accumulator_t<S>>(projection[i]);
-  return job;
-}
+struct Call {
+  using T = accumulator_t<S>;
+  Job<S> job;
+  Buffer<S> zeros;
+  Buffer<T> points;
+
+  Call(const Tensor& planes, const Tensor& coordinates, const std::vector<double>& projection, bool mean)
+      : job(make_job(planes, coordinates, projection, mean)),
+        zeros(job.padded),
+        points(read_points<T>(coordinates)) {
+    job.zeros = zeros.get();
+  }
+
+  void select(int64_t n, const Tensor* dy = nullptr) {
+    job.points = points.get() + n * 3 * job.M;
+    if (dy) job.dy = data<S>(*dy) + n * dy->numel() / dy->size(0);
+  }
+
+ private:
+  static Job<S> make_job(const Tensor& planes, const Tensor& coordinates,
+                         const std::vector<double>& projection, bool mean) {
+    Job<S> job{};
+    job.H = planes.size(3);
+    job.W = planes.size(4);
+    job.C = planes.size(2);
+    job.padded = round_up(job.C, lanes<T>);
+    job.M = coordinates.size(1);
+    job.mean = mean;
+    for (int64_t i = 0; i < 18; ++i) job.matrix[i] = static_cast<T>(projection[i]);
+    return job;
+  }
+};
 
 // What the kernels would otherwise read out of bounds.
 void check(const Tensor& planes, const Tensor& coordinates, const std::vector<double>& projection) {
@@ -195,13 +220,11 @@ Tensor sample_triplane_cpu(const Tensor& planes, const Tensor& coordinates,
   dispatch("sample_triplane", planes.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     const int64_t N = planes.size(0);
-    Job<S> job = make_job<S>(planes, coordinates, projection, mean);
-    const auto points = read_points<accumulator_t<S>>(coordinates);
-    const Buffer<S> zeros(job.padded);
+    Call<S> call(planes, coordinates, projection, mean);
+    const Job<S>& job = call.job;
     const Readable<S> x(planes, job);
-    job.zeros = zeros.get();
     for (int64_t n = 0; n < N && out.numel(); ++n) {
-      job.points = points.get() + n * 3 * job.M;
+      call.select(n);
       gather_image(job, {{x.image(job, n), false}}, mutable_data<S>(out) + n * out.numel() / N);
     }
   });
@@ -221,19 +244,15 @@ std::tuple<Tensor, Tensor> sample_triplane_bwd_cpu(const Tensor& dy, const Tenso
   dispatch("sample_triplane_bwd", planes.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using T = accumulator_t<S>;
-    const int64_t N = planes.size(0);
-    Job<S> job = make_job<S>(planes, coordinates, projection, mean);
-    const auto points = read_points<T>(coordinates);
-    const Buffer<S> zeros(job.padded);
+    Call<S> call(planes, coordinates, projection, mean);
+    Job<S>& job = call.job;
     const Buffer<T> sums(need_coordinates ? coordinates.numel() : 0, false);
     std::optional<Readable<S>> x;
     std::optional<Gradient<S>> gradient;
     if (need_coordinates) x.emplace(planes, job);
     if (need_planes) gradient.emplace(planes, job);
-    job.zeros = zeros.get();
-    for (int64_t n = 0; n < N; ++n) {
-      job.points = points.get() + n * 3 * job.M;
-      job.dy = data<S>(g) + n * g.numel() / N;
+    for (int64_t n = 0; n < planes.size(0); ++n) {
+      call.select(n, &g);
       if (x) differentiate_image(job, x->image(job, n), {}, sums.get() + n * 3 * job.M);
       if (gradient) gradient->add(job, n);
     }
@@ -266,10 +285,8 @@ std::tuple<Tensor, Tensor, Tensor> sample_triplane_bwd2_cpu(
   dispatch("sample_triplane_bwd2", planes.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using T = accumulator_t<S>;
-    const int64_t N = planes.size(0);
-    Job<S> job = make_job<S>(planes, coordinates, projection, mean);
-    const auto points = read_points<T>(coordinates);
-    const Buffer<S> zeros(job.padded);
+    Call<S> call(planes, coordinates, projection, mean);
+    Job<S>& job = call.job;
     const Buffer<T> sums(need_coordinates ? coordinates.numel() : 0, false);
     std::optional<Buffer<T>> directions;
     std::optional<Readable<S>> x, ddx;
@@ -278,17 +295,15 @@ std::tuple<Tensor, Tensor, Tensor> sample_triplane_bwd2_cpu(
     if (ddcoordinates && (need_dy || need_coordinates)) x.emplace(planes, job);
     if (ddplanes && (need_dy || need_coordinates)) ddx.emplace(*ddplanes, job);
     if (need_planes) gradient.emplace(planes, job);
-    job.zeros = zeros.get();
-    for (int64_t n = 0; n < N; ++n) {
-      job.points = points.get() + n * 3 * job.M;
+    for (int64_t n = 0; n < planes.size(0); ++n) {
+      call.select(n, &g);
       job.directions = directions ? directions->get() + n * 3 * job.M : nullptr;
-      job.dy = data<S>(g) + n * g.numel() / N;
       const Table<const S> table = x ? x->image(job, n) : Table<const S>{},
                            change = ddx ? ddx->image(job, n) : Table<const S>{};
       std::vector<Source<S>> sources;
       if (ddx) sources.push_back({change, false});
       if (x) sources.push_back({table, true});
-      if (need_dy) gather_image(job, sources, mutable_data<S>(ddy) + n * ddy.numel() / N);
+      if (need_dy) gather_image(job, sources, mutable_data<S>(ddy) + n * ddy.numel() / planes.size(0));
       if (need_coordinates) differentiate_image(job, change, table, sums.get() + n * 3 * job.M);
       if (gradient) gradient->add(job, n);
     }

@@ -89,7 +89,7 @@ FASTGEN_INLINE void mix_any(const T* from, const T* weights, int64_t count, int6
 
 // Output rows [begin, end), counted over images (and channels, where those are outermost).
 template <class S>
-FASTGEN_INLINE void run(const Job& job, int64_t begin, int64_t end) {
+FASTGEN_INLINE void run_rows(const Job& job, int64_t begin, int64_t end) {
   using T = accumulator_t<S>;
   const Axis &ax = *job.ax, &ay = *job.ay;
   const Filter<T>& filter = *static_cast<const Filter<T>*>(job.filter);
@@ -193,31 +193,7 @@ FASTGEN_INLINE void run(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-FASTGEN_SIMD void run_float(const Job& job, int64_t begin, int64_t end) {
-  run<float>(job, begin, end);
-}
-FASTGEN_SIMD void run_double(const Job& job, int64_t begin, int64_t end) {
-  run<double>(job, begin, end);
-}
-FASTGEN_SIMD void run_bfloat16(const Job& job, int64_t begin, int64_t end) {
-  run<BFloat16>(job, begin, end);
-}
-FASTGEN_SIMD void run_half(const Job& job, int64_t begin, int64_t end) {
-  run<Half>(job, begin, end);
-}
-
-void run(float, const Job& job, int64_t begin, int64_t end) {
-  run_float(job, begin, end);
-}
-void run(double, const Job& job, int64_t begin, int64_t end) {
-  run_double(job, begin, end);
-}
-void run(BFloat16, const Job& job, int64_t begin, int64_t end) {
-  run_bfloat16(job, begin, end);
-}
-void run(Half, const Job& job, int64_t begin, int64_t end) {
-  run_half(job, begin, end);
-}
+FASTGEN_RUN(run_rows)
 
 Tensor upfirdn2d_cpu(const Tensor& x, const std::optional<Tensor>& f, const std::vector<int64_t>& up,
                      const std::vector<int64_t>& down, const std::vector<int64_t>& padding, bool flip_filter,

@@ -83,12 +83,12 @@ void* take(int64_t bytes) {
   return block.memory;
 }
 
-void give(void* memory) {
+void give(void* memory, int64_t asked) {
+  if (asked < least) return ::operator delete(memory, line);
   State& s = state();
   const std::lock_guard<std::mutex> lock(s.mutex);
   const auto found = s.taken.find(memory);
-  if (found == s.taken.end()) return ::operator delete(memory, line);
-  const int64_t bytes = found->second;
+  const int64_t bytes = found->second;  // which may be more than was asked for
   s.taken.erase(found);
   s.idle.push_back({memory, bytes});
   s.in_use -= bytes;
@@ -107,7 +107,8 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, MemoryFormat
     strides[axis] = stride;
     stride *= shape[axis];
   }
-  return torch::stable::from_blob(take(bytes), shape, strides, like.device(), like.scalar_type(), give);
+  return torch::stable::from_blob(take(bytes), shape, strides, like.device(), like.scalar_type(),
+                                  [bytes](void* memory) { give(memory, bytes); });
 }
 
 }  // namespace fastgen::workspace

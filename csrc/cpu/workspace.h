@@ -5,8 +5,9 @@
 
 namespace fastgen::workspace {
 
-void* take(int64_t bytes);  // on a cache line, uninitialised; small blocks are the C library's
-void give(void* block);
+// A block on a cache line, uninitialised, and its way back. Small ones are the C library's.
+void* take(int64_t bytes);
+void give(void* block, int64_t bytes);
 
 // An uninitialised tensor of four dimensions; large ones have their memory from here.
 Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, MemoryFormat format);

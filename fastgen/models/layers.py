@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._define import choice
 
 FILTER = (1, 3, 3, 1)
 NOISE_MODES = ("const", "random", "none")
@@ -227,6 +226,8 @@ class SynthesisBlock(nn.Module):
     """
 
     compute_dtype: torch.dtype | None = None
+    # On a CPU, for its convolutions are fastest on that.
+    channels_last: bool = True
 
     def __init__(
         self,
@@ -267,8 +268,7 @@ class SynthesisBlock(nn.Module):
         if self.in_channels == 0:
             x = self.const.unsqueeze(0).expand(ws.shape[0], -1, -1, -1)
         x = x.to(dtype)
-        if x.device.type == "cpu" and choice() != "reference":
-            # What the convolutions are fastest on.
+        if x.device.type == "cpu" and self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.in_channels != 0:
             x = self.conv0(x, w[0], noise_mode)

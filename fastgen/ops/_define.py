@@ -144,6 +144,12 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def like(y: Tensor, x: Tensor) -> Tensor:
+    """y in x's dtype and layout."""
+    out = torch.empty_like(x)
+    return y.to(x.dtype) if y.stride() == out.stride() else out.copy_(y)
+
+
 def wide(x: Tensor) -> Tensor:
     """x in the dtype that sums are made in: float32 for 16 bits, else its own."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

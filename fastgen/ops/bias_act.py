@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define, require, require_number, require_same_device, require_tensor, wide
+from ._define import (
+    define,
+    differentiate,
+    like,
+    require,
+    require_number,
+    require_same_device,
+    require_tensor,
+    wide,
+)
 
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934, 1.6732632423543772848
 
@@ -111,7 +120,7 @@ def bias_act_reference(
         y = torch.where(y.abs() < clamp, y, y.detach().clamp(-clamp, clamp))
     elif clamp >= 0:
         y = y.clamp(-clamp, clamp)
-    return _like(y, x)
+    return like(y, x)
 
 
 def bias_act_bwd_reference(dy, x, b, dim, act, alpha, gain, clamp) -> Tensor:
@@ -129,13 +138,7 @@ def _derivative(order, g, x, b, dim, act, alpha, gain, clamp):
     d = order(act, v, alpha) * (g * gain)
     if clamp >= 0:
         d = torch.where((_VALUE[act](v, alpha) * gain).abs() < clamp, d, 0)
-    return _like(d, x)
-
-
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    """y in x's dtype and layout."""
-    out = torch.empty_like(x)
-    return y.to(x.dtype) if y.stride() == out.stride() else out.copy_(y)
+    return like(d, x)
 
 
 def bias_gradient(dx: Tensor, b: Tensor | None, dim: int) -> Tensor | None:
@@ -174,10 +177,12 @@ def _backward_bwd(ctx, ddx):
 
 
 def _backward_bwd2(ctx, g):
-    ddx, dy, x, b = ctx.saved_tensors
-    if any(ctx.needs_input_grad[2:4]):
-        raise NotImplementedError("bias_act: no third derivative in x and b")
-    return _bias_act_bwd2(g, dy, x, b, *ctx.args), _bias_act_bwd2(ddx, g, x, b, *ctx.args), *[None] * 7
+    """Through the differentiable reference: higher derivatives are rare."""
+
+    def second(*tensors):
+        return (bias_act_bwd2_reference(*tensors, *ctx.args),)
+
+    return *differentiate(second, ctx.saved_tensors, [g]), *[None] * 5
 
 
 def _setup_context_bwd2(ctx, inputs, output):

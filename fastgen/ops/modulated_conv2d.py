@@ -65,9 +65,9 @@ def modulated_conv2d_reference(
     clamp: float | None,
 ) -> Tensor:
     """modulated_conv2d of differentiable ops."""
-    s, w, d, fold = _modulation(x, weight, styles, up, demodulate)
+    s, w, d = _modulation(weight, styles, x.dtype, demodulate)
     resample = up, down, padding, 1, flip_weight, False
-    if fold:
+    if _folds(x, weight, up):
         y, d = conv2d_resample_reference(x, _folded(w, s, d), resample_filter, *resample), None
     else:
         s = s.to(x.dtype)[:, :, None, None]
@@ -83,20 +83,20 @@ def modulated_conv2d_reference(
     return bias_act(y, None if bias is None else bias.to(y.dtype), 1, act, alpha, act_gain, clamp)
 
 
-def _modulation(x, weight, styles, up, demodulate) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """s [N, I], weight and d [N, O] (None: 1) in the accumulating dtype; should they become one weight?"""
+def _modulation(weight, styles, dtype, demodulate) -> tuple[Tensor, Tensor, Tensor | None]:
+    """s [N, I], weight and d [N, O] (None: 1), in the dtype that sums of `dtype` are made in."""
     taps = weight[0].numel()
-    dtype = wide(x).dtype
-    s, w, d, eps = styles.to(dtype), weight.to(dtype), None, 1e-8
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    s, w, d, eps = styles.to(sums), weight.to(sums), None, 1e-8
     if demodulate:
-        if x.dtype == torch.float16 and x.shape[0] > 0:
+        if dtype == torch.float16 and s.shape[0] > 0:
             c = _largest(s.t(), [1])
             w, s = w * c[:, None, None], s / c
             a, b = _largest(w, [1, 2, 3]) * taps**0.5, _largest(s, [1])
             w, s = w / a[:, None, None, None], s / b[:, None]
             eps = eps / (b[:, None] * a).square()
         d = (s.square() @ w.square().sum([2, 3]).t() + eps).rsqrt()
-    return s, w, d, _folds(x, weight, up)
+    return s, w, d
 
 
 def _folds(x: Tensor, weight: Tensor, up: int) -> bool:
@@ -127,7 +127,7 @@ def modulated_weight_reference(
 
     Of a single sample, styles and d are in the weight; d has no rows then, nor without demodulation.
     """
-    s, w, d, _ = _modulation(weight.new_empty(0, 1, 1, 1), weight, styles, 1, demodulate)
+    s, w, d = _modulation(weight, styles, weight.dtype, demodulate)
     if styles.shape[0] == 1:
         w, d = _folded(w, s, d), None
     w = w.to(dtype)
@@ -197,8 +197,8 @@ def _fused(
             x = _channels_last(x, None if single else styles)
     else:
         x = x.contiguous(memory_format=torch.channels_last)
-        s, w, d, fold = _modulation(x, weight, styles, up, demodulate)
-        if fold:
+        s, w, d = _modulation(weight, styles, x.dtype, demodulate)
+        if _folds(x, weight, up):
             w, d = _folded(w, s, d), None
         else:
             x = x * s.to(x.dtype)[:, :, None, None]

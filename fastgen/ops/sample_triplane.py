@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._define import define, differentiate, require, require_same_device, require_shape, wide
+from ._define import define, differentiate, like, require, require_same_device, require_shape, wide
 from .grid_sample import grid_sample, grid_sample_bwd, grid_sample_bwd2_reference
 
 AXES = {"eg3d": (0, 1, 0, 2, 2, 0), "fixed": (0, 1, 0, 2, 2, 1)}
@@ -90,12 +90,6 @@ def _to_images(dy: Tensor, mean: bool) -> Tensor:
     return dy.flatten(0, 1).mT[:, :, None]
 
 
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    """y in x's layout."""
-    out = torch.empty_like(x)
-    return y if y.stride() == out.stride() else out.copy_(y)
-
-
 def sample_triplane_reference(
     planes: Tensor,  # [N, 3, C, H, W]
     coordinates: Tensor,  # [N, M, 3]
@@ -121,7 +115,7 @@ def sample_triplane_bwd_reference(
     grid = _to_grid(project(coordinates, projection))
     dplanes, dgrid = grid_sample_bwd(_to_images(dy, mean), planes.flatten(0, 1), grid)
     return (
-        _like(dplanes.view(planes.shape), planes) if need_planes else planes.new_empty(0),
+        like(dplanes.view(planes.shape), planes) if need_planes else planes.new_empty(0),
         _unproject(_from_grid(dgrid), projection, coordinates)
         if need_coordinates
         else coordinates.new_empty(0),
@@ -150,7 +144,7 @@ def sample_triplane_bwd2_reference(
     ddy = (wide(ddy).mean(1) if mean else ddy).to(dy.dtype).contiguous()
     return (
         ddy if need_dy else dy.new_empty(0),
-        _like(dplanes.view(planes.shape), planes) if need_planes else planes.new_empty(0),
+        like(dplanes.view(planes.shape), planes) if need_planes else planes.new_empty(0),
         _unproject(_from_grid(dgrid), projection, coordinates)
         if need_coordinates
         else coordinates.new_empty(0),

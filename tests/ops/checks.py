@@ -231,11 +231,9 @@ class OpChecks:
         constants = [x.shape for x in inputs.values() if x is not None and not x.requires_grad]
         for function, args in recorder.calls.items():
             args = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), args)
-            # Second derivatives have no third.
-            if not function.name().endswith("_bwd2"):
-                for x in pytree.tree_leaves(args):
-                    if isinstance(x, Tensor) and x.shape not in constants:
-                        x.requires_grad_()
+            for x in pytree.tree_leaves(args):
+                if isinstance(x, Tensor) and x.shape not in constants:
+                    x.requires_grad_()
             # A composed op leaves sizes unknown while tracing to its parts: test_compile traces it.
             composed = torch._C._dispatch_has_kernel_for_dispatch_key(
                 function.name(), "CompositeImplicitAutograd"

@@ -5,7 +5,7 @@ import torch
 from ops.checks import Case, OpChecks
 
 from fastgen import ops
-from fastgen.ops.bias_act import DEFAULTS
+from fastgen.ops.bias_act import _VALUE, DEFAULTS
 
 
 def case(name, x, b=None, **params):
@@ -114,13 +114,20 @@ def test_a_linear_op_keeps_no_activations(device):
     assert all(k is None or k.shape != x.shape for k in kept)
 
 
-def test_third_derivative_is_refused():
-    x = torch.randn(2, 3, requires_grad=True)
-    out = torch.ops.fastgen.bias_act(x, None, 1, "tanh", 0, 1, -1)
-    (dx,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-    (ddx,) = torch.autograd.grad(dx.sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="bias_act: no third derivative in x and b"):
-        ddx.sum().backward()
+@pytest.mark.parametrize("act", DEFAULTS)
+def test_third_and_fourth_derivatives(act, device):
+    def derivatives(run):
+        x = torch.linspace(-3, 3, 8, dtype=torch.float64, device=device).view(2, 4).requires_grad_()
+        b = torch.linspace(-1, 1, 4, dtype=torch.float64, device=device).requires_grad_()
+        found = [run(x, b)]
+        for _ in range(4):
+            grads = torch.autograd.grad(found[-1].square().sum(), (x, b), create_graph=True)
+            found.append(sum(grad.sum() for grad in grads))
+        return found
+
+    want = derivatives(lambda x, b: _VALUE[act](x + b, 0.2).clamp(-2.5, 2.5))
+    got = derivatives(lambda x, b: ops.bias_act(x, b, act=act, alpha=0.2, gain=1, clamp=2.5))
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("clamp", [0, 2, torch.inf])
