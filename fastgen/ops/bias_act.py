@@ -110,7 +110,7 @@ def bias_act_reference(
     gain: float,
     clamp: float,  # negative: none
 ) -> Tensor:
-    """bias_act by PyTorch's functions; differentiable twice in x and b."""
+    """bias_act by PyTorch's functions; differentiable in x and b to any order."""
     y = _VALUE[act](_biased(x, b, dim), alpha)
     y = y * gain if gain != 1 else y
     # The dispatcher wants an output that is not the input.
@@ -247,7 +247,8 @@ def bias_act(
     b in another dtype is converted to x's.
     Returns:   the shape, dtype and layout of x.
     Raises:    ValueError on shapes and values; TypeError on dtypes.
-    Precision: computes in float32 (float64 for float64), rounds once; differentiable twice in x and b.
+    Precision: computes in float32 (float64 for float64), rounds once; differentiable in x and b to any
+               order, from the third on by PyTorch's functions.
     """
     alpha, gain, clamp = check_act("bias_act", act, alpha, gain, clamp)
     require_tensor("bias_act", "x", x)
