@@ -9,9 +9,11 @@ usable, and its kernels raise when they are called.
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import sys
 
@@ -116,15 +118,26 @@ def _serves(archs: str, device: tuple[int, int]) -> bool:
     return False
 
 
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """Do Triton kernels run by its interpreter, which takes tensors of the CPU?"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _triton_status() -> tuple[bool, str]:
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return False, "triton is not installed"
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_available() or is_interpreted()):
         return False, "no CUDA device is visible"
+    how = ", interpreted" if is_interpreted() else ""
     try:
-        return True, f"triton {importlib.metadata.version('triton')}"
+        return True, f"triton {importlib.metadata.version('triton')}{how}"
     except importlib.metadata.PackageNotFoundError:  # nightly builds come under another name
-        return True, "triton"
+        return True, f"triton{how}"
 
 
 def served(op: str) -> dict[str, tuple[str, str]]:
@@ -132,17 +145,16 @@ def served(op: str) -> dict[str, tuple[str, str]]:
     registered = torch._C._dispatch_dump(f"fastgen::{op}")
     if "CompositeImplicitAutograd" in registered:
         return dict.fromkeys(("cpu", "cuda"), ("composed", ""))  # of other ops
-    answer = {}
-    for device, (usable, reason) in status().items():
-        if device not in ("cpu", "cuda"):
-            continue
+    answer, found = {}, status()
+    for device in ("cpu", "cuda"):
+        usable, reason = found[device]
         kernel = re.search(rf"^{device.upper()}: registered at (.*)", registered, re.MULTILINE)
         if kernel is None:
             answer[device] = ("reference", "no kernel for this op" if device in _libraries else reason)
         elif "csrc" in kernel[1]:
             answer[device] = (device, "" if usable else reason)
         else:
-            answer[device] = ("triton", "" if usable else reason)
+            answer[device] = ("triton", found["triton"][1] * (not found["triton"][0]))
     return answer
 
 

@@ -1,10 +1,15 @@
 """What every test can rely on: the checkout is importable, results repeat, skipped GPU tests are counted."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton kernels take tensors of the CPU then, slowly. They have to know before they are imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
@@ -39,7 +44,10 @@ TARGETS = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("auto", "cpu"), id="cpu" if _backends.status()["cpu"][0] else "fallback"),
     pytest.param(("auto", "cuda"), id="cuda", marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
 ]
+if _backends.is_interpreted():
+    TARGETS[-1] = pytest.param(("triton", "cpu"), id="triton")
 
 
 @pytest.fixture(params=TARGETS)

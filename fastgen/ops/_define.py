@@ -17,10 +17,12 @@ whatever was built:
         return _op(x)
 
 C++ and Triton kernels register for the CPU and CUDA keys of the same name, and the PyTorch dispatcher prefers
-them to the reference. An op without fake and backward is composed of other ops (CompositeImplicitAutograd).
+them to the reference; on a CUDA device Triton serves what C++ does not. An op without fake and backward is
+composed of other ops (CompositeImplicitAutograd).
 """
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Sequence
 
@@ -33,7 +35,9 @@ from .. import _backends
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _library = torch.library.Library("fastgen", "DEF")
-_triton_ops: set[str] = set()
+# What runs each op's Triton kernel; and, while the backend is "triton", their registrations before all others.
+_triton_ops: dict[str, Callable] = {}
+_triton_first: torch.library.Library | None = None
 
 
 def define(
@@ -44,6 +48,7 @@ def define(
     setup_context: Callable | None = None,
     vmap: Callable | None = None,
     kernel: Callable | None = None,
+    triton: str | None = None,
 ) -> Callable:
     """Register an op of namespace fastgen; returns the function that calls it on the chosen backend.
 
@@ -51,6 +56,8 @@ def define(
     backward, setup_context, vmap: as in `torch.library.register_autograd` and `register_vmap`.
     kernel:    what runs where no compiled kernel does, if something is faster than the reference when nothing
                has to be recorded for autograd. Of an op without fake it is composed of other ops as well.
+    triton:    the file of fastgen.kernels whose function of the op's name launches a Triton kernel. What it
+               answers NotImplemented to, such as float64, the reference does.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -60,8 +67,15 @@ def define(
         _library.impl(name, kernel or reference, "CompositeImplicitAutograd")
     else:
         plain = without_autocast(reference)
-        _library.impl(name, _fresh(without_autocast(kernel or reference)), "CompositeExplicitAutograd")
+        default = _fresh(without_autocast(kernel or reference))
+        _library.impl(name, default, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
+    if triton is not None and _backends.has_triton():
+        _triton_ops[name] = _launcher(name, triton, default)
+        if not _has_kernel(name, "CUDA"):
+            _library.impl(name, _triton_ops[name], "CUDA")
+        if _triton_first is not None:
+            _register_first(name)
     if backward is not None:
         torch.library.register_autograd(
             f"fastgen::{name}", backward, setup_context=setup_context, lib=_library
@@ -74,6 +88,25 @@ def define(
 
     call.__name__ = call.__qualname__ = name
     return call
+
+
+def _launcher(name: str, file: str, default: Callable) -> Callable:
+    def run(*args):
+        # Here and not above, so that importing fastgen does not import Triton.
+        launch = getattr(importlib.import_module(f"fastgen.kernels.{file}"), name)
+        out = launch(*args)
+        return default(*args) if out is NotImplemented else out
+
+    return run
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{name}", key)
+
+
+def has_kernel(name: str, x: Tensor) -> bool:
+    """Does the op run on a kernel, C++ or Triton, where x is?"""
+    return x.device.type in ("cpu", "cuda") and _has_kernel(name, x.device.type.upper())
 
 
 def without_autocast(function: Callable) -> Callable:
@@ -179,8 +212,6 @@ def _check_choice(name: str) -> str:
     # Only what asks for kernels looks for them: the look may start CUDA, which an import must not.
     if name not in ("auto", "reference"):
         usable, reason = _backends.status()[name]
-        if usable and name == "triton" and not _triton_ops:
-            usable, reason = False, "no op has a Triton kernel"
         if not usable:
             raise _backends.BackendError(f"backend {name!r} is not available: {reason}")
     return name
@@ -191,10 +222,11 @@ class backend:
 
     auto       the best kernel for each op and device, else the reference
     reference  plain PyTorch; what it records for autograd stays so, wherever it is differentiated
-    cpu, cuda, triton
-               require that the compiled CPU or CUDA library, or Triton, is usable here, and raise otherwise;
-               then as auto: the place of its tensors still says where an op runs, and one without such a
-               kernel runs what it has
+    triton     as auto, but an op that has a Triton kernel runs that: on a CUDA device, and, where the
+               environment has TRITON_INTERPRET=1, on the CPU, by Triton's interpreter
+    cpu, cuda  as auto
+               These three raise where the compiled library, or Triton, is not usable. The place of its tensors
+               still says where an op runs, and one without such a kernel runs what it has.
     At the start it is the environment's FASTGEN_BACKEND, or auto.
     Raises: RuntimeError where the backend is missing, with the reason; ValueError on another name.
     """
@@ -203,15 +235,31 @@ class backend:
         self.name = _check_choice(name)
 
     def __enter__(self):
-        global _choice
-        self.before, _choice = _choice, self.name
+        self.before = _choice
+        _use(self.name)
 
     def __exit__(self, *_):
-        global _choice
-        _choice = self.before
+        _use(self.before)
 
 
-_choice = _check_choice(os.environ.get("FASTGEN_BACKEND") or "auto")
+def _use(name: str) -> None:
+    global _choice, _triton_first
+    if (name == "triton") != (_triton_first is not None):
+        if _triton_first is not None:
+            _triton_first._destroy()
+        _triton_first = torch.library.Library("fastgen", "IMPL") if name == "triton" else None
+        for op in _triton_ops if name == "triton" else ():
+            _register_first(op)
+    _choice = name
+
+
+def _register_first(op: str) -> None:
+    """Above the C++ kernel, which is there again when this registration goes."""
+    for key in ["CUDA", "CPU"] if _backends.is_interpreted() else ["CUDA"]:
+        _triton_first.impl(op, _triton_ops[op], key, allow_override=True)
+
+
+_use(_check_choice(os.environ.get("FASTGEN_BACKEND") or "auto"))
 
 
 def choice() -> str:

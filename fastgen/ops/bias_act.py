@@ -212,6 +212,7 @@ _bias_act = define(
     backward=_backward,
     setup_context=_setup_context,
     vmap=lambda *args: _vmap(_bias_act, *args),
+    triton="bias_act",
 )
 bias_act_bwd = define(
     "bias_act_bwd(Tensor dy, Tensor x, Tensor? b, int dim, str act, float alpha, float gain, float clamp)"
@@ -221,6 +222,7 @@ bias_act_bwd = define(
     backward=_backward_bwd,
     setup_context=_setup_context_bwd,
     vmap=lambda *args: _vmap(bias_act_bwd, *args),
+    triton="bias_act",
 )
 _bias_act_bwd2 = define(
     "bias_act_bwd2(Tensor ddx, Tensor dy, Tensor x, Tensor? b, int dim, str act, float alpha, float gain,"
@@ -230,6 +232,7 @@ _bias_act_bwd2 = define(
     backward=_backward_bwd2,
     setup_context=_setup_context_bwd2,
     vmap=lambda *args: _vmap(_bias_act_bwd2, *args),
+    triton="bias_act",
 )
 
 
