@@ -164,3 +164,14 @@ def _launch(order, g, dy, x, b, dim, act, alpha, gain, clamp):
         CLAMPS=clamp >= 0, BIAS=kind, BLOCK_R=block_r, BLOCK_C=block_c,
     )  # fmt: skip
     return out
+
+
+def calls(dtype):
+    """What shows every kernel, at the shapes of real generators: for cubins."""
+    x, b = torch.empty(1, 128, 256, 256, dtype=dtype), torch.empty(128, dtype=dtype)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = x.contiguous(memory_format=layout)
+        yield lambda y=y: bias_act(y, b, 1, "lrelu", 0.2, 1.4, 256.0)
+        yield lambda y=y: bias_act_bwd(y, y, b, 1, "lrelu", 0.2, 1.4, 256.0)
+    yield lambda: bias_act(x, b, 1, "swish", 0.0, 1.4, -1.0)
+    yield lambda: bias_act_bwd2(x, x, x, b, 1, "swish", 0.0, 1.4, -1.0)
