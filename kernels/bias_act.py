@@ -1,7 +1,7 @@
 """bias_act and its first two derivatives: elementwise, in one pass.
 
-A dense tensor is rows of what lies side by side in memory. Behind the bias's dimension those have one channel,
-the row's number modulo their count; where channels lie innermost, a row is the channels of one pixel.
+A dense tensor is rows of what lies side by side in memory. Behind the bias's dimension a row has one channel,
+its number modulo their count; where channels lie innermost, a row is the channels of one pixel.
 """
 
 import torch
@@ -160,8 +160,8 @@ def _launch(order, g, dy, x, b, dim, act, alpha, gain, clamp):
     block_r = BLOCK // block_c
     grid = (triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c),)
     bias_act_kernel[grid](
-        out, g, dy, x, b, rows, cols, 1 if b is None else b.shape[0], alpha, gain, clamp, ORDER=order, ACT=act,
-        CLAMPS=clamp >= 0, BIAS=kind, BLOCK_R=block_r, BLOCK_C=block_c,
+        out, g, dy, x, b, rows, cols, 1 if b is None else b.shape[0], alpha, gain, clamp, ORDER=order,
+        ACT=act, CLAMPS=clamp >= 0, BIAS=kind, BLOCK_R=block_r, BLOCK_C=block_c,
     )  # fmt: skip
     return out
 

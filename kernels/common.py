@@ -58,7 +58,7 @@ def softplus(x):
 def tuned(configs: list[triton.Config], key: list[str]):
     """The first configuration, or, with FASTGEN_AUTOTUNE=1, what is measured to be the fastest for each key.
 
-    A key's integers are to be shape classes, not sizes: each new one is measured, and that waits for the device.
+    The key is of shape classes, not sizes: each new one is measured, and that waits for the device.
     """
 
     def decorate(kernel):

@@ -1,18 +1,21 @@
 """What the compiler makes of every kernel, without a GPU: `python -m fastgen.kernels.cubins`.
 
-Launchers are called with tensors of the CPU while Triton compiles for a GPU that is not there and launches
-nothing. So what is compiled is what users run: the same signatures, the same multiples of 16, and every
-configuration of the kernels that are tuned. For each the table has registers a thread, bytes of stack (spilled
-registers), bytes of shared memory, and which matrix instructions there are.
+Each kernel file's `calls` are made with tensors of the CPU while Triton compiles for a GPU that is not there
+and launches nothing. So what is compiled is what users run: the same signatures, the same multiples of 16,
+and every configuration of the kernels that are tuned.
 """
 
 import argparse
 import contextlib
+import csv
+import dataclasses
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -23,10 +26,38 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from .. import kernels
+
 ARCHS = (80, 90, 100)
-# Bytes of shared memory that a block may take.
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# KiB of shared memory that a block may take.
+SHARED = {80: 163, 90: 227, 100: 227}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+@dataclasses.dataclass
+class Cubin:
+    kernel: str
+    constants: str  # what the kernel is specialised by
+    dtype: str
+    arch: int
+    warps: int
+    registers: int  # a thread
+    stack: int  # bytes a thread: spilled registers
+    shared: int  # bytes a block
+    dots: int  # tl.dot in the source, after unrolling
+    matrix: str  # the matrix instructions that they became
+
+    def faults(self) -> list[str]:
+        """What is wrong with it."""
+        found = []
+        if self.stack and "bwd" not in self.kernel:
+            found.append(f"{self.stack} bytes a thread are spilled")
+        if self.shared > SHARED[self.arch] << 10:
+            found.append(f"{self.shared} bytes of shared memory, sm_{self.arch} has {SHARED[self.arch]} KiB")
+        if self.dots and not self.matrix:
+            found.append("tl.dot without matrix instructions")
+        return [f"{self.kernel} ({self.constants}) {self.dtype} sm_{self.arch}: {fault}" for fault in found]
 
 
 class _Absent:
@@ -46,22 +77,17 @@ class _Absent:
 
 
 @contextlib.contextmanager
-def compiling(arch: int) -> Iterator[list[tuple[str, triton.compiler.CompiledKernel]]]:
-    """Within it, launches only compile, for sm_<arch>; gives the list to which they add what they made."""
-    made = []
+def compiling(arch: int) -> Iterator[list[tuple[str, dict, triton.compiler.CompiledKernel]]]:
+    """Within it launches only compile, for this architecture; gives the list that grows by what they made."""
+    made, seen = [], set()
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        # What is already in this kernel's cache has been seen.
-        known = len(self.device_caches[arch][0])
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if len(self.device_caches[arch][0]) > known:
-            shape = {
-                k: v
-                for k, v in kwargs.items()
-                if k in self.arg_names and self.params[self.arg_names.index(k)].is_constexpr
-            }
-            made.append((self.fn.__name__, shape, kernel))
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            constants = {p.name: kwargs[p.name] for p in self.params if p.is_constexpr and p.name in kwargs}
+            made.append((self.fn.__name__, constants, kernel))
         return kernel
 
     def compile_all(self, *args, **kwargs):
@@ -78,3 +104,59 @@ def compiling(arch: int) -> Iterator[list[tuple[str, triton.compiler.CompiledKer
             yield made
     finally:
         driver._active = before
+
+
+def compile_everything(archs=ARCHS) -> list[Cubin]:
+    """Every kernel for every architecture and dtype."""
+    table = []
+    for arch in archs:
+        for name in sorted(module.name for module in pkgutil.iter_modules(kernels.__path__)):
+            module = importlib.import_module(f"{kernels.__name__}.{name}")
+            if not hasattr(module, "calls"):
+                continue
+            for dtype in DTYPES:
+                with compiling(arch) as made:
+                    for call in module.calls(DTYPES[dtype]):
+                        if call() is NotImplemented:
+                            raise RuntimeError(f"kernels/{name}.py does not serve one of its own calls")
+                table += [_inspect(arch, dtype, *one) for one in made]
+    return table
+
+
+def _inspect(arch: int, dtype: str, name: str, constants: dict, kernel) -> Cubin:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    matrix = set(re.findall(r"\b(wgmma|tcgen05|mma)\.(?:mma_async|mma|sync)\b", kernel.asm["ptx"]))
+    return Cubin(
+        name,
+        " ".join(f"{key}={value}" for key, value in constants.items()),
+        dtype,
+        arch,
+        kernel.metadata.num_warps,
+        registers,
+        stack,
+        kernel.metadata.shared,
+        len(re.findall(r"\btt\.dot\b", kernel.asm["ttir"])),
+        " ".join(sorted(matrix)),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastgen.kernels.cubins", description=__doc__)
+    parser.add_argument("--csv", type=argparse.FileType("w"), default=sys.stdout, help="where the table goes")
+    file = parser.parse_args().csv
+    table = compile_everything()
+    writer = csv.writer(file)
+    writer.writerow([field.name for field in dataclasses.fields(Cubin)])
+    writer.writerows(dataclasses.astuple(cubin) for cubin in table)
+    faults = [fault for cubin in table for fault in cubin.faults()]
+    print("\n".join(faults), file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -35,7 +35,7 @@ from .. import _backends
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _library = torch.library.Library("fastgen", "DEF")
-# What runs each op's Triton kernel; and, while the backend is "triton", their registrations before all others.
+# Launchers of Triton kernels; and, while the backend is "triton", their registrations above all others.
 _triton_ops: dict[str, Callable] = {}
 _triton_first: torch.library.Library | None = None
 
@@ -225,7 +225,7 @@ class backend:
     triton     as auto, but an op that has a Triton kernel runs that: on a CUDA device, and, where the
                environment has TRITON_INTERPRET=1, on the CPU, by Triton's interpreter
     cpu, cuda  as auto
-               These three raise where the compiled library, or Triton, is not usable. The place of its tensors
+               These three raise where the library, or Triton, is not usable. The place of its tensors
                still says where an op runs, and one without such a kernel runs what it has.
     At the start it is the environment's FASTGEN_BACKEND, or auto.
     Raises: RuntimeError where the backend is missing, with the reason; ValueError on another name.
