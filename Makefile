@@ -23,18 +23,11 @@ bench: $(STAMP)
 	  $(BIN)/python -m pytest benchmarks --memory=$$memory --benchmark-json="$(OUT)/$$memory.json"; done
 	$(BIN)/python benchmarks/report.py "$(OUT)/kept.json" "$(OUT)/returned.json"
 
-# What needs a CUDA device: it wants nvcc, and, where make install has not run, PYTHON with the dependencies,
-# pytest, pytest-benchmark and ninja. No network.
-gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+# All that a machine with a GPU can say, in nine minutes; one step of it: make gpu STEP=bench; DRY_RUN=1
+# rehearses on the CPU. Where make install has not run, PYTHON has to have torch, numpy, safetensors, pytest,
+# pytest-benchmark, matplotlib and ninja.
 gpu:
-	mkdir -p "$(OUT)"
-	FASTGEN_CUDA=1 $(HERE) setup.py build_ext --inplace
-	$(HERE) -m pytest -m gpu tests/ops --junitxml="$(OUT)/gpu.xml"
-	if command -v compute-sanitizer; then \
-	  compute-sanitizer --error-exitcode 1 --log-file "$(OUT)/sanitizer.txt" \
-	    $(HERE) -m pytest -m gpu tests/ops -k "upfirdn2d or bias_act"; fi
-	$(HERE) -m pytest benchmarks --benchmark-json="$(OUT)/bench.json"
-	$(HERE) benchmarks/report.py "$(OUT)/bench.json" --out "$(OUT)"
+	$(HERE) benchmarks/gpu.py --out "$(OUT)/gpu" $(foreach step,$(STEP),--step $(step)) $(if $(DRY_RUN),--dry-run)
 
 # Random calls of the ops, many of them; then tensors beyond 2^31 elements, for which 14 GB of memory must be free.
 fuzz: $(STAMP)

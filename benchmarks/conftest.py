@@ -3,7 +3,8 @@
 A route is how a user may get the result: fastgen, plain PyTorch operations (the reference backend), or those
 under torch.compile. On a CPU all run twice: `--memory kept` as after fastgen.keep_memory(), and `--memory
 returned` as the C library has it, which gives large blocks back to the system and pays for them again; only
-there can the peak memory of a call be told.
+there can the peak memory of a call be told. On a GPU Triton's kernels have a route of their own where CUDA
+C++ is built too.
 """
 
 import ctypes
@@ -14,14 +15,33 @@ import pytest
 import torch
 
 import fastgen
+from fastgen import _backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUTES = ("fastgen", "pytorch", "torch.compile")
+if DEVICE == "cuda" and _backends.compiled("cuda") and _backends.has_triton():
+    ROUTES = (*ROUTES, "triton")
+# Calls that a round times together: on a GPU one alone is shorter than the wait for its end.
+REPEAT = 10 if DEVICE == "cuda" else 1
+_rehearses = False
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pytest_addoption(parser):
     parser.addoption("--memory", choices=("kept", "returned"), default="kept")
+    parser.addoption(
+        "--rehearse", action="store_true", help="tiny, by Triton's interpreter: times mean nothing"
+    )
+
+
+def pytest_configure(config):
+    global _rehearses
+    _rehearses = config.getoption("--rehearse")
+
+
+def scaled(size: int) -> int:
+    """A size of a benchmark, or one that an interpreter can do."""
+    return max(size // 16, 4) if _rehearses else size
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,14 +61,17 @@ def memory(pytestconfig):
 
 def on_route(route: str, function):
     """The function on a route."""
+    backend = "reference"
     if route == "fastgen":
-        return function
-    if route == "torch.compile":
+        backend = "triton" if _rehearses else "auto"
+    elif route == "triton":
+        backend = route
+    elif route == "torch.compile":
         torch.compiler.reset()  # nothing that an earlier case compiled, no more general shapes because of it
         function = torch.compile(function, dynamic=False)
 
     def run(*args):
-        with fastgen.backend("reference"):
+        with fastgen.backend(backend):
             return function(*args)
 
     return run
@@ -124,7 +147,8 @@ def measure(benchmark, memory, peaks):
 
     def run(timed, rounds: int, *, op, shape, dtype, route, bytes, flop, layout="contiguous"):
         def call():
-            timed()
+            for _ in range(REPEAT):
+                timed()
             synchronise()
 
         call()
@@ -135,13 +159,14 @@ def measure(benchmark, memory, peaks):
             layout=layout,
             route=route,
             memory=memory,
+            repeat=REPEAT,
             device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
             threads=torch.get_num_threads(),
             bytes=bytes,
             flop=flop,
             floor=max(bytes / peaks["bytes"], flop / peaks[dtype]),
-            peak=peak_bytes(call) if memory == "returned" or DEVICE == "cuda" else None,
+            peak=peak_bytes(timed) if memory == "returned" or DEVICE == "cuda" else None,
         )
-        benchmark.pedantic(call, rounds=3 * rounds if DEVICE == "cuda" else rounds, warmup_rounds=1)
+        benchmark.pedantic(call, rounds=1 if _rehearses else rounds, warmup_rounds=1)
 
     return run

@@ -1,4 +1,4 @@
-"""Turn the JSON of pytest-benchmark into a CSV (kept in benchmarks/results) and a Markdown table.
+"""Turn the JSON of pytest-benchmark into a CSV (kept in benchmarks/results), a table and a plot.
 
 python benchmarks/report.py out/kept.json out/returned.json [--out DIR] [--name MACHINE]
 """
@@ -24,7 +24,8 @@ def rows(report: dict) -> list[dict]:
     commit = report["commit_info"].get("id", "")[:7] + ("+" if report["commit_info"].get("dirty") else "")
     found = []
     for case in report["benchmarks"]:
-        about, times = case["extra_info"], case["stats"]["data"]
+        about = case["extra_info"]
+        times = [seconds / about.get("repeat", 1) for seconds in case["stats"]["data"]]
         seconds = quantile(times, 0.5)
         names = ("op", "shape", "dtype", "layout", "route", "memory", "threads")
         found.append(
@@ -74,6 +75,36 @@ def table(found: list[dict]) -> str:
     return "\n".join([*lines, "", f"{where}; commits {commits}; median."])
 
 
+def plot(found: list[dict], path: Path) -> None:
+    """How many times as fast as plain PyTorch each other route is; memory kept."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases: dict[str, dict[str, float]] = {}
+    for row in found:
+        if row["memory"] == "kept":
+            layout = f", {row['layout']}" if row["layout"] != "contiguous" else ""
+            name = f"{row['op']} {row['shape']}, {row['dtype']}{layout}"
+            cases.setdefault(name, {})[row["route"]] = float(row["ms"])
+    cases = {name: ms for name, ms in cases.items() if "pytorch" in ms and len(ms) > 1}
+    routes = list(dict.fromkeys(route for ms in cases.values() for route in ms if route != "pytorch"))
+    figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.16 * len(cases) * (len(routes) + 1)))
+    for k, route in enumerate(routes):
+        at = [i + 0.8 * (k + 0.5) / len(routes) for i, ms in enumerate(cases.values()) if route in ms]
+        speed_up = [ms["pytorch"] / ms[route] for ms in cases.values() if route in ms]
+        bars = axes.barh(at, speed_up, 0.8 / len(routes), label=route)
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=6)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="times as fast as plain PyTorch", title=found[0]["machine"])
+    axes.set_yticks([i + 0.4 for i in range(len(cases))], cases, fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.08, y=0.01)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("json", type=Path, nargs="+")
@@ -92,6 +123,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(found)
     (args.out / f"{name}.md").write_text(table(found) + "\n")
+    plot(found, args.out / f"{name}.png")
     print(table(found))
 
 

@@ -13,6 +13,7 @@ import torch
 from conftest import DEVICE, DTYPES
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastgen
 from fastgen import presets
 from fastgen.models.layers import SynthesisBlock, compute_in
 from fastgen.models.student import Student
@@ -22,6 +23,7 @@ from fastgen.train.losses import reconstruction_terms
 
 STUDENTS = {"student": "full", "student_compact": "compact"}
 ROUTES = (*conftest.ROUTES, "pytorch, channels_last")
+GRAPHED = ["fastgen, CUDA graph"] * (DEVICE == "cuda")
 _flop: dict[str, int] = {}
 
 
@@ -51,7 +53,7 @@ def flop(name: str, function) -> int:
     return _flop[name]
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", [*ROUTES, *GRAPHED])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", ["teacher", *STUDENTS])
 @torch.no_grad()
@@ -59,7 +61,8 @@ def test_image(measure, model, dtype, route):
     generator, label = models("ffhq512")
     if model in STUDENTS:
         generator = Student.from_teacher(generator, STUDENTS[model]).to(DEVICE).eval().requires_grad_(False)
-    ws = generator.mapping(torch.randn(1, generator.z_dim, device=DEVICE), label)
+    z = torch.randn(1, generator.z_dim, device=DEVICE)
+    ws = generator.mapping(z, label)
 
     def image():
         return generator.synthesis(ws, label)["image"]
@@ -67,7 +70,9 @@ def test_image(measure, model, dtype, route):
     count = flop(model, image)
     exact = on_route("pytorch", image)()
     compute_in(generator, DTYPES[dtype])
-    run = on_route(route, image)
+    # The graph has the mapping in it, too.
+    graph = fastgen.graphed(generator) if route in GRAPHED else None
+    run = on_route(route, image) if graph is None else lambda: graph(z, label)["image"]
     error = (run() - exact).square().mean().sqrt() / exact.std()
     assert error < (1e-3 if dtype == "float32" else 2e-2), "wrong result, not timed"
     parameters = sum(p.numel() for p in generator.parameters()) * DTYPES[dtype].itemsize

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, ROUTES, on_route
+from conftest import DEVICE, DTYPES, ROUTES, on_route, scaled
 
 from fastgen import ops
 
@@ -85,14 +85,14 @@ def test_op(measure, case, dtype, layout, route):
         return x, *(t.to(DEVICE, kind) for t in (torch.randn(outputs or channels), case.f, w, s))
 
     run = on_route(route, case.run)
-    small = inputs(32, 32 if case.outputs else 0, 64)
+    small = inputs(32, 32 if case.outputs else 0, scaled(64))
     exact = on_route("pytorch", case.run)(*(t.double() for t in small))
     same = on_route("pytorch", case.run)(*small)
     eps = torch.finfo(kind).eps
     allowed = 4 * eps * exact.abs().max() + 2 * (same.double() - exact).abs().max()
     assert (run(*small).double() - exact).abs().max() <= allowed, "wrong result, not timed"
 
-    full = inputs(case.channels, case.outputs, case.size)
+    full = inputs(scaled(case.channels), case.outputs, scaled(case.size))
     result = run(*full)
     weights = full[3].nbytes if case.outputs else 0
     measure(

@@ -7,7 +7,7 @@ decoder, for gradients three times, since it is evaluated again, and as bytes th
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, ROUTES, derivative, on_route
+from conftest import DEVICE, DTYPES, ROUTES, derivative, on_route, scaled
 
 from fastgen import camera, ops, presets
 
@@ -22,8 +22,8 @@ def scene(dtype, batch=1):
 
 def render(tensors, rays, samples=SAMPLES):
     options = {
-        "depth_resolution": samples,
-        "depth_resolution_importance": samples,
+        "depth_resolution": scaled(samples),
+        "depth_resolution_importance": scaled(samples),
         "ray_start": 2.25,
         "ray_end": 3.3,
         "box_warp": 1,
@@ -39,7 +39,7 @@ def cameras(side, batch=1):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_render(measure, direction, dtype, route):
-    tensors, rays, few = scene(DTYPES[dtype]), cameras(SIDE), cameras(16)
+    tensors, rays, few = scene(DTYPES[dtype]), cameras(scaled(SIDE)), cameras(scaled(16))
     run = on_route(route, render)
     with torch.no_grad():
         # Depths by importance follow rounding: to a hundredth, as between two correct implementations.
@@ -66,7 +66,7 @@ def test_render(measure, direction, dtype, route):
 @torch.no_grad()
 def test_cost_is_linear(measure, batch, side, samples):
     # Four times the rays, the samples or the batch: four times the time, in the table.
-    tensors, rays = scene(torch.float32, batch), cameras(side, batch)
+    tensors, rays = scene(torch.float32, batch), cameras(scaled(side), batch)
     measure(
         lambda: render(tensors, rays, samples),
         7,
@@ -88,7 +88,7 @@ def test_sample(measure, direction, dtype, layout, route):
         return ops.sample_triplane(*tensors, reduce="mean")
 
     run = on_route(route, sample)
-    origins, directions = cameras(64)
+    origins, directions = cameras(scaled(64))
     depths = torch.linspace(2.25, 3.3, 32, device=DEVICE)
     points = (origins[:, :, None] + depths[:, None] * directions[:, :, None]).flatten(1, 2)
     planes = torch.randn(1, 3 * F, 256, 256).to(DEVICE, DTYPES[dtype])

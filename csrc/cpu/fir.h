@@ -39,8 +39,7 @@ Filter<T> read_filter(const char* op, const std::optional<Tensor>& f, bool flip,
     y.resize(rows);
     for (int64_t i = 0; i < rows; ++i) y[i] = largest != 0 ? taps[i * columns + top % columns] / largest : 0;
     separable = true;
-    const double tolerance =
-        f->scalar_type() == ScalarType::Double ? 1e-16 : 6e-8;  // half a unit of rounding
+    const double tolerance = std::is_same_v<T, double> ? 1e-16 : 6e-8;  // half a unit of rounding
     for (int64_t i = 0; i < rows * columns; ++i) {
       separable &= std::abs(taps[i] - y[i / columns] * x[i % columns]) <= tolerance * std::abs(largest);
     }

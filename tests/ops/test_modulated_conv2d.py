@@ -5,6 +5,7 @@ import torch
 from accuracy import assert_accurate
 from ops.checks import Case, OpChecks
 
+import fastgen
 from fastgen import ops
 from fastgen.ops.modulated_conv2d import channels_last_reference, modulated_weight_reference
 
@@ -276,3 +277,15 @@ def test_channels_last(scaled, layout, dtype):
     assert got.stride() == torch.empty_like(x, memory_format=torch.channels_last).stride()
     assert_accurate(got, channels_last_reference(x.double(), scale), channels_last_reference(x, scale))
     torch.library.opcheck(torch.ops.fastgen.channels_last, (x, scale))
+
+
+def test_float64_with_a_filter_of_rank_one_in_float32(device):
+    # Apart, such a filter is exact to float32's rounding only.
+    f = torch.outer(torch.randn(3), torch.randn(3))
+    x, w, s = (
+        torch.randn(n, dtype=torch.float64, device=device) for n in ((1, 2, 5, 5), (3, 2, 3, 3), (1, 2))
+    )
+    arguments = {"up": 2, "padding": 2, "resample_filter": f.to(device)}
+    got = ops.modulated_conv2d(x, w, s, **arguments)
+    with fastgen.backend("reference"):
+        assert_accurate(got, ops.modulated_conv2d(x, w, s, **arguments))
