@@ -24,6 +24,7 @@ composed of other ops (CompositeImplicitAutograd).
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -255,8 +256,11 @@ def _use(name: str) -> None:
 
 def _register_first(op: str) -> None:
     """Above the C++ kernel, which is there again when this registration goes."""
-    for key in ["CUDA", "CPU"] if _backends.is_interpreted() else ["CUDA"]:
-        _triton_first.impl(op, _triton_ops[op], key, allow_override=True)
+    with warnings.catch_warnings():
+        # PyTorch 2.11 warns of what was allowed.
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for key in ["CUDA", "CPU"] if _backends.is_interpreted() else ["CUDA"]:
+            _triton_first.impl(op, _triton_ops[op], key, allow_override=True)
 
 
 _use(_check_choice(os.environ.get("FASTGEN_BACKEND") or "auto"))
