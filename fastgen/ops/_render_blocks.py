@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._march import alphas, ends, importance_depths, mean_depth, softplus, weights
+from .sample_triplane import project
 
 # Samples decoded at a time: what fits a core's cache, and what fills a GPU.
 BLOCK = {"cpu": 1 << 13, "cuda": 1 << 19}
@@ -26,12 +27,13 @@ class _Scene:
         table[:, :, 1:-2, 1:-2] = planes.permute(0, 1, 3, 4, 2)
         self.shape, self.table = table.shape, table.view(-1, c)
         self.w1, self.b1, self.w2, self.b2 = (t.to(dtype) for t in (w1, b1, w2, b2))
-        size = torch.tensor([[w / 2], [h / 2]] * 3, dtype=dtype)
-        m = (torch.tensor(matrix, dtype=dtype).view(6, 3) * size).to(device)
+        # Numbers and no tensor of them, for which the host would wait.
+        pixels = [m * (w if k % 6 < 3 else h) / 2 for k, m in enumerate(matrix)]
+        self.direction = project(ray_directions.reshape(-1, 3), pixels)
+        self.origin = project(ray_origins.reshape(-1, 3), pixels)
         # Column -1, the first of the border, has index 0.
-        centre = size[:, 0].to(device) + 0.5
-        self.origin = (ray_origins.reshape(-1, 1, 3) * m).sum(-1) + centre
-        self.direction = (ray_directions.reshape(-1, 1, 3) * m).sum(-1)
+        self.origin[:, 0::2] += w / 2 + 0.5
+        self.origin[:, 1::2] += h / 2 + 0.5
         plane = (h + 3) * (w + 3)
         image = torch.arange(n, device=device).repeat_interleave(ray_origins.shape[1])
         self.first_row = image[:, None] * 3 * plane + torch.arange(3, device=device) * plane
