@@ -57,6 +57,15 @@ def test_faults_of_a_kernel(change, fault):
     assert found == ([] if fault is None else [f"some_kernel (BLOCK=16) float32 sm_90: {fault}"])
 
 
+def test_what_waits_for_the_device_is_seen():
+    x = torch.ones(3)
+    with cubins.Blind():
+        x.sum()
+        for read in (lambda: x.sum().item(), lambda: bool((x > 0).all()), lambda: x[x > 0]):
+            with pytest.raises(RuntimeError, match="waits for the device"):
+                read()
+
+
 def test_triton_stands_above_the_others_while_it_is_chosen(monkeypatch):
     launched = []
     module = importlib.import_module("fastgen.kernels.bias_act")
