@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BLOCK, expm1, laid_out, serves, sigmoid, softplus, tanh
+from .common import BLOCK, expm1, laid_out, packed, serves, sigmoid, softplus, tanh
 
 SELU_SCALE = tl.constexpr(1.0507009873554804934)
 SELU_ALPHA = tl.constexpr(1.6732632423543772848)
@@ -160,7 +160,7 @@ def _launch(order, g, dy, x, b, dim, act, alpha, gain, clamp):
     block_r = BLOCK // block_c
     grid = (triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c),)
     bias_act_kernel[grid](
-        out, g, dy, x, b, rows, cols, 1 if b is None else b.shape[0], alpha, gain, clamp, ORDER=order,
+        out, g, dy, x, packed(b), rows, cols, 1 if b is None else len(b), alpha, gain, clamp, ORDER=order,
         ACT=act, CLAMPS=clamp >= 0, BIAS=kind, BLOCK_R=block_r, BLOCK_C=block_c,
     )  # fmt: skip
     return out

@@ -28,6 +28,11 @@ def laid_out(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
+def packed(x: Tensor | None) -> Tensor | None:
+    """x, or a copy without gaps."""
+    return None if x is None else x.contiguous()
+
+
 @triton.jit
 def expm1(x):
     """e^x - 1; near 0 by its series, for the difference would keep no digits."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._define import has_kernel
 
 FILTER = (1, 3, 3, 1)
 NOISE_MODES = ("const", "random", "none")
@@ -226,7 +227,7 @@ class SynthesisBlock(nn.Module):
     """
 
     compute_dtype: torch.dtype | None = None
-    # On a CPU, for its convolutions are fastest on that.
+    # Where convolutions are fastest on that: on a CPU, and wherever there are kernels for what follows them.
     channels_last: bool = True
 
     def __init__(
@@ -268,7 +269,7 @@ class SynthesisBlock(nn.Module):
         if self.in_channels == 0:
             x = self.const.unsqueeze(0).expand(ws.shape[0], -1, -1, -1)
         x = x.to(dtype)
-        if x.device.type == "cpu" and self.channels_last:
+        if self.channels_last and (x.device.type == "cpu" or has_kernel("filtered_bias_act", x)):
             x = x.contiguous(memory_format=torch.channels_last)
         if self.in_channels != 0:
             x = self.conv0(x, w[0], noise_mode)

@@ -110,12 +110,18 @@ def has_kernel(name: str, x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda") and _has_kernel(name, x.device.type.upper())
 
 
+def _tensors(args: Sequence) -> list[Tensor]:
+    """Those among an op's arguments, in lists too."""
+    listed = [a if isinstance(a, list | tuple) else [a] for a in args]
+    return [a for some in listed for a in some if isinstance(a, Tensor)]
+
+
 def without_autocast(function: Callable) -> Callable:
     """An op computes in the dtypes it is given; autocast would turn the convolutions inside to 16 bits."""
 
     @functools.wraps(function)
     def run(*args):
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        device = next(a.device.type for a in _tensors(args))
         if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
             return function(*args)
         with torch.autocast(device, enabled=False):
@@ -156,7 +162,7 @@ def _fresh(function: Callable) -> Callable:
     # The dispatcher wants outputs that are not views of inputs; an identity in the reference returns one.
     @functools.wraps(function)
     def run(*args):
-        taken = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
+        taken = {a.untyped_storage()._cdata for a in _tensors(args)}
 
         def own(out):
             return out.clone() if isinstance(out, Tensor) and out.untyped_storage()._cdata in taken else out

@@ -157,6 +157,7 @@ filtered_bias_act = define(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+    triton="filtered_bias_act",
 )
 _filtered_bias_act_bwd = define(
     f"filtered_bias_act_bwd(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -164,4 +165,5 @@ _filtered_bias_act_bwd = define(
     fake=_fake_bwd,
     backward=_backward_bwd,
     setup_context=_setup_context_bwd,
+    triton="filtered_bias_act",
 )

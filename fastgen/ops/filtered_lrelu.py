@@ -13,8 +13,15 @@ import math
 import torch
 from torch import Tensor
 
-from .._backends import compiled
-from ._define import define, memory_format, require, require_ints, require_same_device, require_tensor
+from ._define import (
+    define,
+    has_kernel,
+    memory_format,
+    require,
+    require_ints,
+    require_same_device,
+    require_tensor,
+)
 from .bias_act import bias_act, bias_act_bwd, bias_gradient, check_act
 from .upfirdn2d import transposed, upfirdn2d
 
@@ -116,6 +123,7 @@ _filtered_lrelu = define(
     backward=_backward,
     setup_context=_setup_context,
     vmap=lambda *args: _vmap(_filtered_lrelu, *args),
+    triton="filtered_lrelu",
 )
 _filtered_lrelu_bwd = define(
     f"filtered_lrelu_bwd(Tensor dy, {_ARGUMENTS}) -> Tensor",
@@ -124,7 +132,20 @@ _filtered_lrelu_bwd = define(
     backward=_backward_bwd,
     setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs[1:], output),
     vmap=lambda *args: _vmap(_filtered_lrelu_bwd, *args),
+    triton="filtered_lrelu",
 )
+
+
+def _is_fused(x: Tensor, fu: Tensor | None, fd: Tensor | None, up: int, down: int) -> bool:
+    """Does a kernel serve this? PyTorch's compiler cannot ask, and sees the op."""
+    if not (torch.compiler.is_compiling() or has_kernel("filtered_lrelu", x)):
+        return False
+    if x.is_cpu:
+        # Rows of the C++ kernel have as many phases as the least common multiple.
+        return math.lcm(up, down) <= 64
+    # And Triton's has tiles for so many taps of separable filters.
+    short = all(f is None or f.ndim == 1 and len(f) <= 24 for f in (fu, fd))
+    return x.dtype != torch.float64 and short and max(up, down) <= 4
 
 
 def filtered_lrelu(
@@ -177,7 +198,5 @@ def filtered_lrelu(
     fu, fd = (f if f is None else f.detach().to(wide) for f in (fu, fd))
     b = b if b is None else b.to(x.dtype)
     # Where there is no kernel, autograd sees the parts: they keep v, and needn't compute it again.
-    # The kernel's rows have as many phases as the least common multiple.
-    fused = x.is_cpu and compiled("cpu") and math.lcm(up, down) <= 64
-    run = _filtered_lrelu if fused else filtered_lrelu_reference
+    run = _filtered_lrelu if _is_fused(x, fu, fd, up, down) else filtered_lrelu_reference
     return run(x, fu, fd, b, up, down, padding, gain, slope, clamp, bool(flip_filter))

@@ -14,16 +14,18 @@ largest |s[:,i]|, a = sqrt(I kh kw) max|weight[o] c| and b = max|s[n] / c|, a su
 sqrt(I kh kw) max|x|. Where an output needs channels that its styles make small, d may still be too large for
 float16: so it multiplies in float32.
 
-Where a CPU kernel is compiled, the composition is another one: everything in memory [N, H, W, C], the weight
-of one sample always folded, a transposed convolution as its phases, and one op for all that follows it.
+Where there are kernels, the composition is another one: everything in memory [N, H, W, C], the weight of one
+sample always folded, and one op for all that follows the convolution. A CPU makes a transposed convolution as
+its phases. A GPU has one kernel for the whole of a convolution, modulation included; large ones it leaves to
+PyTorch.
 """
 
 import torch
 from torch import Tensor
 
-from .._backends import compiled
 from ._define import (
     define,
+    has_kernel,
     is_transformed,
     memory_format,
     require,
@@ -45,6 +47,7 @@ from .conv2d_resample import (
 from .conv3x3 import conv3x3, pays
 from .filtered_bias_act import filtered_bias_act
 from .fma import fma
+from .styled_conv2d import styled_conv2d, styled_conv2d_act
 
 
 def modulated_conv2d_reference(
@@ -150,6 +153,7 @@ _modulated_weight = define(
     " bool channels_last, ScalarType dtype) -> Tensor[]",
     reference=modulated_weight_reference,
     fake=_modulated_weight_fake,
+    triton="modulated_conv2d",
 )
 
 
@@ -165,57 +169,85 @@ _channels_last = define(
     fake=lambda x, scale: torch.empty(
         x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     ),
+    triton="modulated_conv2d",
 )
+
+
+# A GPU leaves a convolution of this many pixels to PyTorch, if it has taps, and WIDE channels in and out. All
+# others are limited by memory or by latency, and a kernel that does everything at once has less of both. In
+# float32 PyTorch's products are of TF32, unless that is forbidden, and the kernel's are three of it each.
+# Reasoned from bytes and products, not yet measured.
+WIDE = 64
+MANY_PIXELS = {torch.float32: 32 * 32, torch.bfloat16: 64 * 64, torch.float16: 64 * 64, torch.float64: 0}
+
+
+def _is_large(x: Tensor, weight: Tensor) -> bool:
+    taps, pixels = weight[0, 0].numel(), x.shape[2] * x.shape[3]
+    return taps > 1 and min(weight.shape[:2]) >= WIDE and pixels >= MANY_PIXELS[x.dtype]
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _fused(
     x, weight, styles, noise, up, down, padding, resample_filter, demodulate, flip_weight, bias, act, alpha,
     act_gain, clamp,
 ) -> Tensor:  # fmt: skip
-    """In memory [N, H, W, C], with one pass after the convolution, where that is compiled."""
+    """In memory [N, H, W, C], with at most one pass after the convolution, where there are kernels for it."""
     kh, kw = weight.shape[2:]
     transposed = up == 2 and min(*padding, kh - 2, kw - 2) >= 0
-    here = x.device.type == "cpu" and compiled("cpu") and not is_transformed()
+    here = has_kernel("filtered_bias_act", x) and not is_transformed()
     if not (here and down == 1 and (up == 1 or transposed)):
         return modulated_conv2d_reference(
             x, weight, styles, noise, up, down, padding, resample_filter, demodulate, flip_weight, bias, act,
             alpha, act_gain, clamp,
         )  # fmt: skip
     contiguous = memory_format(x) == torch.contiguous_format
-    records = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, styles))
+    records = _records(x, weight, styles)
     flip = flip_weight == (up > 1)
     single = x.shape[0] == 1
+    styled = has_kernel("styled_conv2d", x) and not _is_large(x, weight)
+    winograd = x.device.type == "cpu" and not styled and pays(x, weight, padding)
+    # A GPU's transposed convolution does not multiply by zeros either, and is one launch.
+    phases = up > 1 and x.device.type == "cpu" and not styled
     # In float16 several samples need the range that only the other way keeps.
     short = x.dtype in (torch.float32, torch.bfloat16) or (single and x.dtype == torch.float16)
     if short and weight.dtype != torch.float64 and not records:
         # PyTorch's convolutions would copy it to what they want.
         *weights, d = _modulated_weight(
-            weight.float(), styles, demodulate, flip, up > 1, up > 1 or not pays(x, weight, padding), x.dtype
+            weight.float(), styles, demodulate, flip, phases, up > 1 or not winograd, x.dtype
         )
         d = d if d.shape[0] else None
-        if contiguous or not single:
-            x = _channels_last(x, None if single else styles)
+        s = None if single else styles
+        if not styled and (contiguous or not single):
+            x = _channels_last(x, s)
     else:
-        x = x.contiguous(memory_format=torch.channels_last)
         s, w, d = _modulation(weight, styles, x.dtype, demodulate)
-        if _folds(x, weight, up):
-            w, d = _folded(w, s, d), None
-        else:
-            x = x * s.to(x.dtype)[:, :, None, None]
+        w, s, d = (_folded(w, s, d), None, None) if _folds(x, weight, up) else (w, s.to(x.dtype), d)
+        if not styled:
+            x = x.contiguous(memory_format=torch.channels_last)
+            x = x if s is None else x * s[:, :, None, None]
         w = w.to(x.dtype)
         w = w.flip([2, 3]) if flip and (kh > 1 or kw > 1) else w
-        weights = [w] if up == 1 or records else phases_of_weight(w)
-    if up == 1:
-        y = [conv3x3(x, *weights) if pays(x, *weights, padding) else convolve(x, *weights, padding)]
-        f, filter_padding = None, [0] * 4
-    else:
-        y = convolve_transposed(x, weights)
-        f, filter_padding = resample_filter, padding_after_transposed(padding, kh, kw, up)
+        weights = phases_of_weight(w) if phases and not records else [w]
     alpha, act_gain, clamp = check_act("modulated_conv2d", act, alpha, act_gain, clamp)
     if noise is not None:
         noise = noise.to(wide(x).dtype).view((1,) * (4 - noise.ndim) + noise.shape)
-    tail = act, alpha, act_gain, clamp
-    return filtered_bias_act(y, f, filter_padding, False, float(up**2), d, noise, bias, *tail, contiguous)
+    tail = act, alpha, act_gain, clamp, contiguous
+    f, filter_padding = None, [0] * 4
+    if up > 1:
+        f, filter_padding = resample_filter, padding_after_transposed(padding, kh, kw, up)
+    if styled:
+        s = None if s is None else s.to(wide(x).dtype)
+        if up == 1 and not _records(x, weight, styles, noise, bias):
+            return styled_conv2d_act(x, *weights, s, d, noise, bias, padding, *tail)
+        y = [styled_conv2d(x, *weights, s, padding, up)]
+    elif up == 1:
+        y = [conv3x3(x, *weights) if winograd else convolve(x, *weights, padding)]
+    else:
+        y = convolve_transposed(x, weights)
+    return filtered_bias_act(y, f, filter_padding, False, float(up**2), d, noise, bias, *tail)
 
 
 _modulated_conv2d = define(

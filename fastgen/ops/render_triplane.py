@@ -126,6 +126,7 @@ _render_triplane = define(
     fake=_forward_fake,
     backward=_backward_forward,
     setup_context=_setup_context,
+    triton="render_triplane",
 )
 _render_triplane_bwd = define(
     "render_triplane_bwd(Tensor df, Tensor dd, Tensor dw, Tensor planes, Tensor w1, Tensor b1, Tensor w2,"
@@ -135,6 +136,7 @@ _render_triplane_bwd = define(
     fake=lambda df, dd, dw, *args: tuple(x.new_empty(x.shape) for x in args[:5]),
     backward=_backward_bwd,
     setup_context=_setup_context_bwd,
+    triton="render_triplane",
 )
 
 

@@ -216,6 +216,7 @@ _sample_triplane = define(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+    triton="sample_triplane",
 )
 _sample_triplane_bwd = define(
     "sample_triplane_bwd(Tensor dy, Tensor planes, Tensor coordinates, float[] projection, bool mean,"
@@ -224,6 +225,7 @@ _sample_triplane_bwd = define(
     fake=_fake_bwd,
     backward=_backward_bwd,
     setup_context=_setup_context_bwd,
+    triton="sample_triplane",
 )
 _sample_triplane_bwd2 = define(
     "sample_triplane_bwd2(Tensor? ddplanes, Tensor? ddcoordinates, Tensor dy, Tensor planes,"
@@ -233,6 +235,7 @@ _sample_triplane_bwd2 = define(
     fake=_fake_bwd2,
     backward=_backward_bwd2,
     setup_context=_setup_context_bwd2,
+    triton="sample_triplane",
 )
 
 

@@ -168,6 +168,7 @@ _upfirdn2d = define(
     backward=_backward,
     setup_context=_setup_context,
     vmap=_vmap,
+    triton="upfirdn2d",
 )
 
 

@@ -201,6 +201,28 @@ def test_empty_batch_in_16_bits(up, device):
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("up", [1, 2])
+@pytest.mark.parametrize("grad", [False, True])
+def test_large(grad, up, samples, device):
+    # What a GPU leaves to PyTorch's convolutions.
+    shapes = (samples, 64, 32, 32), (64, 64, 3, 3), (samples, 64), (32 * up, 32 * up), (64,)
+    given = [torch.randn(shape, device=device) for shape in shapes]
+
+    def run(dtype):
+        inputs = [t.to(dtype, copy=True).requires_grad_(grad) for t in given]
+        params = {"resample_filter": F4.to(device), "padding": 1, "up": up, "act": "lrelu", "clamp": 256}
+        out = ops.modulated_conv2d(*inputs[:4], bias=inputs[4], **params)
+        return out, torch.autograd.grad(out.square().mean(), inputs) if grad else ()
+
+    out, grads = run(torch.float32)
+    with fastgen.backend("reference"):
+        (exact, exact_grads), (same, same_grads) = run(torch.float64), run(torch.float32)
+    assert_accurate(out, exact, same)
+    for got, want, near in zip(grads, exact_grads, same_grads, strict=True):
+        assert_accurate(got, want, near)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("up", [1, 2])
 def test_vmap(up, samples, device):
     x, styles = torch.randn(3, samples, 32, 9, 9), torch.randn(3, samples, 32)
     weight, bias = torch.randn(32, 32, 3, 3), torch.randn(3, 32)
@@ -241,8 +263,8 @@ def test_functional_derivatives(samples, device):
     [(False, False, False), (True, False, True), (True, True, False), (False, True, True)],
 )
 @pytest.mark.parametrize("demodulate", [True, False])
-def test_modulated_weight(demodulate, flip, phases, channels_last, samples, dtype):
-    weight, styles = torch.randn(5, 7, 3, 4), torch.randn(samples, 7)
+def test_modulated_weight(demodulate, flip, phases, channels_last, samples, dtype, device):
+    weight, styles = torch.randn(5, 7, 3, 4, device=device), torch.randn(samples, 7, device=device)
     how = demodulate, flip, phases, channels_last
     got = torch.ops.fastgen.modulated_weight(weight, styles, *how, dtype)
     exact = modulated_weight_reference(weight.double(), styles.double(), *how, torch.float64)
@@ -270,9 +292,9 @@ def test_compiled_inference(up, samples):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("scaled", [True, False])
-def test_channels_last(scaled, layout, dtype):
-    x = torch.randn(2, 21, 5, 9).to(dtype, memory_format=layout)
-    scale = torch.randn(2, 21) if scaled else None
+def test_channels_last(scaled, layout, dtype, device):
+    x = torch.randn(2, 21, 5, 9, device=device).to(dtype, memory_format=layout)
+    scale = torch.randn(2, 21, device=device) if scaled else None
     got = torch.ops.fastgen.channels_last(x, scale)
     assert got.stride() == torch.empty_like(x, memory_format=torch.channels_last).stride()
     assert_accurate(got, channels_last_reference(x.double(), scale), channels_last_reference(x, scale))

@@ -1,0 +1,343 @@
+"""upfirdn2d: short and two-dimensional filters tap by tap, long separable ones as products of matrices.
+
+Along an axis, out[o] = sum_k c[k] x[i] over i up = o down - p0 + k. Tap by tap, only the k of o's phase are
+met, every `up`-th, so no inserted zero ever is. As a product, a tile of results is L x R' with a tile x of
+samples, the band L[o, i] = c[i up + p0 - o down], and R' like it for the other axis.
+
+The zeros beside the bands would make NaN of a whole tile if one of its numbers were not finite. Tiles that
+have NaN are computed again with care: numbers that are not finite are counted apart.
+"""
+
+import functools
+import itertools
+import math
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import packed, precision, serves
+
+# Triton's interpreter is paid by the operation, however large it is.
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+# Elements that a program makes tap by tap.
+BLOCK = 2**15 if _interpreted else 2048
+# What a tile costs beyond its products, in products.
+OVERHEAD = 2**24 if _interpreted else 2**16
+# Sides of tiles; larger ones do not fit in registers. And what they leave room for.
+SIDES = (16, 32, 64)
+LONGEST, WIDEST_STEP = 32, 8
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def taps_at(f_ptr, k, inside, stride, taps, FLIP: tl.constexpr):
+    """c[k], the filter as correlation applies it; 0 where not inside."""
+    if f_ptr is None:
+        return tl.where(inside, 1.0, 0.0)
+    else:
+        return tl.load(f_ptr + (k if FLIP else taps - 1 - k) * stride, inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def padded_taps_kernel(
+    out_ptr, fu_ptr, fd_ptr, taps_u, taps_d, scale_u, pad, size,
+    FLIP: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one filter or two, between zeros: the taps; 1 where one is; and their signs."""
+    k = tl.arange(0, BLOCK) - pad
+    if tl.program_id(0) == 0:
+        inside = (k >= 0) & (k < taps_u)
+        c = taps_at(fu_ptr, k, inside, 1, taps_u, FLIP) * scale_u
+    else:
+        inside = (k >= 0) & (k < taps_d)
+        c = taps_at(fd_ptr, k, inside, 1, taps_d, FLIP)
+    out_ptr += tl.program_id(0) * 3 * size + pad + k
+    within = k + pad < size
+    tl.store(out_ptr, rounded(c, PRECISION), within)
+    tl.store(out_ptr + size, tl.where(inside, 1.0, 0.0), within)
+    tl.store(out_ptr + 2 * size, sign(c), within)
+
+
+@triton.jit
+def upfirdn2d_kernel(
+    out_ptr, x_ptr, f_ptr, channels, height, width, out_height, out_width,
+    stride_xn, stride_xc, stride_xh, stride_xw, stride_on, stride_oc, stride_oh, stride_ow,
+    stride_fh, stride_fw, start_y, start_x, shift_y, shift_x, gain,
+    FH: tl.constexpr, FW: tl.constexpr, UP_Y: tl.constexpr, UP_X: tl.constexpr,
+    DOWN_Y: tl.constexpr, DOWN_X: tl.constexpr, OUTER: tl.constexpr, FLIP: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """Rows of one phase, which share their taps: y = UP_Y q + phase. OUTER: f is [taps] of both axes.
+
+    The first sample that o meets is ceil((o DOWN - p0) / UP), where -p0 = start UP + shift.
+    """
+    at = tl.program_id(0)
+    x_blocks, y_blocks = tl.cdiv(out_width, BLOCK_X), tl.cdiv(tl.cdiv(out_height, UP_Y), BLOCK_Y)
+    first_x, at = at % x_blocks * BLOCK_X, at // x_blocks
+    phase, at = at % UP_Y, at // UP_Y
+    first_q, at = at % y_blocks * BLOCK_Y, at // y_blocks
+    c_blocks = tl.cdiv(channels, BLOCK_C)
+    c = at % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
+    n = (at // c_blocks).to(tl.int64)
+    q = first_q + tl.arange(0, BLOCK_Y)[:, None, None]
+    ox = first_x + tl.arange(0, BLOCK_X)[None, :, None]
+
+    met_y = tl.cdiv(phase * DOWN_Y + shift_y, UP_Y)
+    tap_y = met_y * UP_Y - (phase * DOWN_Y + shift_y)
+    met_x = tl.cdiv(ox * DOWN_X + shift_x, UP_X)
+    tap_x = met_x * UP_X - (ox * DOWN_X + shift_x)
+    top, left = q * DOWN_Y + met_y + start_y, met_x + start_x
+    x_ptr += n * stride_xn + c.to(tl.int64) * stride_xc
+    out = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_C), tl.float32)
+    for j in range((FH + UP_Y - 1) // UP_Y):
+        y, ky = top + j, tap_y + j * UP_Y
+        rows = x_ptr + y.to(tl.int64) * stride_xh
+        row_inside = (y >= 0) & (y < height) & (c < channels) & (ky < FH)
+        for i in range((FW + UP_X - 1) // UP_X):
+            x, kx = left + i, tap_x + i * UP_X
+            column_inside = (x >= 0) & (x < width) & (kx < FW)
+            if OUTER:
+                tap = taps_at(f_ptr, kx, kx < FW, stride_fw, FW, FLIP)
+                tap *= taps_at(f_ptr, ky, ky < FH, stride_fw, FH, FLIP)
+            elif f_ptr is None:
+                tap = 1.0
+            else:
+                row = f_ptr + (ky if FLIP else FH - 1 - ky) * stride_fh
+                tap = taps_at(row, kx, (kx < FW) & (ky < FH), stride_fw, FW, FLIP)
+            sample = tl.load(rows + x.to(tl.int64) * stride_xw, row_inside & column_inside, 0.0)
+            out += tap * sample.to(tl.float32)
+    oy = q * UP_Y + phase
+    out_ptr += n * stride_on + c.to(tl.int64) * stride_oc
+    out_ptr += oy.to(tl.int64) * stride_oh + ox.to(tl.int64) * stride_ow
+    inside = (oy < out_height) & (ox < out_width) & (c < channels)
+    tl.store(out_ptr, (out * gain).to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def between(
+    x, taps_ptr, size, first_y, first_x, ROWS: tl.constexpr, COLS: tl.constexpr,
+    Y_OUT: tl.constexpr, Y_IN: tl.constexpr, X_OUT: tl.constexpr, X_IN: tl.constexpr,
+    CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLS] of L x R', with L[o, i] = c[first_y + o Y_OUT + i Y_IN] and R like it, of padded taps.
+
+    With care, what is not finite reaches only what its taps reach.
+    """
+    row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    left = taps_ptr + first_y + (row * Y_OUT + tl.arange(0, x.shape[0])[None, :] * Y_IN)
+    right = taps_ptr + first_x + (tl.arange(0, x.shape[1])[:, None] * X_IN + col * X_OUT)
+    if CAREFUL:
+        finite = tl.abs(x) < INF
+        y = tl.zeros((ROWS, COLS), tl.float32)
+        met, signed = y, y
+        # In turn: how many such numbers are met; how many more of one sign of infinity than of the other; the
+        # sum of the finite ones. A loop, so that the code, and what it holds in registers, is there once.
+        for turn in range(1, 4):
+            part = tl.where(finite, tl.where(turn == 3, x, 0.0), tl.where(turn == 1, 1.0, sign(x)))
+            at = turn % 3 * size
+            met, signed, y = signed, y, _product(left + at, part, right + at, PRECISION)
+        bad = tl.where(signed == met, INF, tl.where(signed == -met, -INF, float("nan")))
+        return tl.where(met > 0, bad, y)
+    else:
+        return _product(left, x, right, PRECISION)
+
+
+@triton.jit
+def _product(left, x, right, PRECISION: tl.constexpr):
+    y = tl.dot(rounded(x, PRECISION), tl.load(right), input_precision=PRECISION)
+    return tl.dot(tl.load(left), rounded(y, PRECISION), input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """x to be multiplied. Matrix units cut off what TF32 does not hold: sums would all be a little small."""
+    if PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    else:
+        return x
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+
+@triton.jit
+def tile_of(height, width, STEP_Y: tl.constexpr, STEP_X: tl.constexpr):
+    """The plane, and the first row and column of the tile of results that this program makes."""
+    tiles_y, tiles_x = tl.cdiv(height, STEP_Y), tl.cdiv(width, STEP_X)
+    at = tl.program_id(0)
+    return (at // tiles_x // tiles_y).to(tl.int64), at // tiles_x % tiles_y * STEP_Y, at % tiles_x * STEP_X
+
+
+@triton.jit
+def load_tile(
+    x_ptr, plane, y, x, channels, height, width, stride_n, stride_c, stride_h, stride_w,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The numbers from row y and column x on in float32, 0 beside the image; and where they are inside."""
+    y, x = y + tl.arange(0, ROWS)[:, None], x + tl.arange(0, COLS)[None, :]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    x_ptr += plane // channels * stride_n + plane % channels * stride_c
+    at = x_ptr + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    return tl.load(at, inside, 0.0).to(tl.float32), inside
+
+
+@triton.jit
+def store_tile(
+    out_ptr, out, plane, y, x, height, width,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr,
+):  # fmt: skip
+    """To contiguous images: the first STEP_Y rows and STEP_X columns, which are whole."""
+    row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    inside = (row < tl.minimum(STEP_Y, height - y)) & (col < tl.minimum(STEP_X, width - x))
+    out_ptr += (plane * height + y) * width + x
+    tl.store(out_ptr + (row * width + col), out.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def upfirdn2d_separable_kernel(
+    out_ptr, nan_ptr, x_ptr, taps_ptr, pad, size, channels, height, width, out_height, out_width,
+    stride_xn, stride_xc, stride_xh, stride_xw, start_y, start_x, shift_y, shift_x, gain,
+    UP_Y: tl.constexpr, UP_X: tl.constexpr, DOWN_Y: tl.constexpr, DOWN_X: tl.constexpr,
+    IN_Y: tl.constexpr, IN_X: tl.constexpr, OUT_Y: tl.constexpr, OUT_X: tl.constexpr,
+    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """start and shift as above."""
+    if CAREFUL and tl.load(nan_ptr + tl.program_id(0)) == 0:
+        return
+    plane, oy, ox = tile_of(out_height, out_width, STEP_Y, STEP_X)
+    from_y, from_x = oy * DOWN_Y + shift_y, ox * DOWN_X + shift_x
+    y, x = tl.cdiv(from_y, UP_Y), tl.cdiv(from_x, UP_X)
+    samples, _ = load_tile(
+        x_ptr, plane, y + start_y, x + start_x, channels, height, width,
+        stride_xn, stride_xc, stride_xh, stride_xw, IN_Y, IN_X,
+    )  # fmt: skip
+    out = gain * between(
+        samples, taps_ptr + pad, size, y * UP_Y - from_y, x * UP_X - from_x, OUT_Y, OUT_X,
+        -DOWN_Y, UP_Y, -DOWN_X, UP_X, CAREFUL, PRECISION,
+    )  # fmt: skip
+    if not CAREFUL:
+        tl.store(nan_ptr + tl.program_id(0), tl.max((out != out).to(tl.int32)))
+    store_tile(out_ptr, out, plane, oy, ox, out_height, out_width, OUT_Y, OUT_X, STEP_Y, STEP_X)
+
+
+def upfirdn2d(x, f, up, down, padding, flip_filter, gain):
+    if not serves(x, f):
+        return NotImplemented
+    last = channels_last(x)
+    if f is None or f.ndim == 2 or triton.cdiv(len(f), up[0]) * triton.cdiv(len(f), up[1]) <= 16:
+        return _by_taps(x, f, up, down, padding, flip_filter, gain, last, x.dtype)
+    if last or len(f) > LONGEST or max(*up, *down) > WIDEST_STEP:
+        left, top = [*padding[:2], 0, 0], [0, 0, *padding[2:]]
+        y = _by_taps(x, f[None], [up[0], 1], [down[0], 1], left, flip_filter, gain, last, torch.float32)
+        return _by_taps(y, f[:, None], [1, up[1]], [1, down[1]], top, flip_filter, 1.0, last, x.dtype)
+    return _by_bands(x, f, up, down, padding, flip_filter, gain)
+
+
+def channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def result_size(size: int, up: int, down: int, padding: list[int], taps: int) -> int:
+    return (size * up + sum(padding) - taps) // down + 1
+
+
+def _by_taps(x, f, up, down, padding, flip_filter, gain, last, dtype):
+    (n, c, h, w), (fh, fw) = x.shape, (1, 1) if f is None else (f.shape[0], f.shape[-1])
+    ow, oh = result_size(w, up[0], down[0], padding[:2], fw), result_size(h, up[1], down[1], padding[2:], fh)
+    # Of one pixel both layouts are the same, and it gets the strides of the other.
+    layout = torch.channels_last if last and oh * ow > 1 else torch.contiguous_format
+    out = torch.empty((n, c, oh, ow), dtype=dtype, device=x.device, memory_format=layout)
+    # A power of two of each axis, the innermost first.
+    rows, block, left = triton.cdiv(oh, up[1]), {}, BLOCK
+    axes = {"X": (ow, 64), "Y": (rows, 32), "C": (c, BLOCK)}
+    axes = {"C": (c, 64), "Y": (rows, 2), "X": (ow, BLOCK)} if last else axes
+    for axis, (size, most) in axes.items():
+        block[axis] = min(triton.next_power_of_2(size), most, left)
+        left //= block[axis]
+    programs = triton.cdiv(c, block["C"]) * triton.cdiv(rows, block["Y"]) * triton.cdiv(ow, block["X"])
+    (start_y, shift_y), (start_x, shift_x) = divmod(-padding[2], up[1]), divmod(-padding[0], up[0])
+    steps = (0, 0) if f is None else f.stride() if f.ndim == 2 else (0, f.stride(0))
+    upfirdn2d_kernel[(n * up[1] * programs,)](
+        out, x, f, c, h, w, oh, ow, *x.stride(), *out.stride(), *steps, start_y, start_x, shift_y, shift_x,
+        gain, FH=fh, FW=fw, UP_Y=up[1], UP_X=up[0], DOWN_Y=down[1], DOWN_X=down[0],
+        OUTER=f is not None and f.ndim == 1, FLIP=flip_filter,
+        BLOCK_C=block["C"], BLOCK_Y=block["Y"], BLOCK_X=block["X"],
+    )  # fmt: skip
+    return out
+
+
+def reach(size: int, up: int, down: int, taps: int) -> int:
+    """How many results `size` samples suffice for, wherever they begin."""
+    return (size * up - taps) // down + 1
+
+
+@functools.cache
+def _tile(up: int, down: int, taps: int) -> tuple[int, int, int]:
+    """The sides of a square tile of samples and of its results, and how many of these are whole."""
+
+    def cost(samples, results):
+        step = min(results, reach(samples, up, down, taps))
+        return (results * samples * (samples + results) + OVERHEAD) / step**2 if step > 0 else math.inf
+
+    samples, results = min(itertools.product(SIDES, SIDES), key=lambda sides: cost(*sides))
+    return samples, results, min(results, reach(samples, up, down, taps))
+
+
+def _by_bands(x, f, up, down, padding, flip_filter, gain):
+    n, c, h, w = x.shape
+    oh = result_size(h, up[1], down[1], padding[2:], len(f))
+    ow = result_size(w, up[0], down[0], padding[:2], len(f))
+    out = x.new_empty((n, c, oh, ow))
+    in_y, out_y, step_y = _tile(up[1], down[1], len(f))
+    in_x, out_x, step_x = _tile(up[0], down[0], len(f))
+    (start_y, shift_y), (start_x, shift_x) = divmod(-padding[2], up[1]), divmod(-padding[0], up[0])
+    launch_twice(
+        upfirdn2d_separable_kernel, n * c * triton.cdiv(oh, step_y) * triton.cdiv(ow, step_x), out, x,
+        *padded_taps([f], 1.0, flip_filter, max(*up, *down), x), c, h, w, oh, ow, *x.stride(),
+        start_y, start_x, shift_y, shift_x, gain, UP_Y=up[1], UP_X=up[0], DOWN_Y=down[1], DOWN_X=down[0],
+        IN_Y=in_y, IN_X=in_x, OUT_Y=out_y, OUT_X=out_x, STEP_Y=step_y, STEP_X=step_x, PRECISION=precision(x),
+    )  # fmt: skip
+    return out
+
+
+def padded_taps(filters: list[Tensor | None], scale: float, flip_filter: bool, step: int, x: Tensor):
+    """What bands of one filter or two, the first times `scale`, are read from; where c[0] is; a part's size.
+
+    From one of a band's rows or columns to the next are `step` taps at most.
+    """
+    taps, pad = [1 if f is None else len(f) for f in filters], SIDES[-1] * step
+    size = triton.cdiv(2 * pad + max(taps), 16) * 16
+    out = torch.empty((len(filters), 3, size), dtype=torch.float32, device=x.device)
+    padded_taps_kernel[(len(filters),)](
+        out, packed(filters[0]), packed(filters[-1]), taps[0], taps[-1], scale, pad, size,
+        FLIP=flip_filter, PRECISION=precision(x), BLOCK=triton.next_power_of_2(size),
+    )  # fmt: skip
+    return out, pad, size
+
+
+def launch_twice(kernel, programs, out, *args, **constants):
+    """The second time with care, for the tiles in which there is NaN."""
+    nan = torch.empty(programs, dtype=torch.int8, device=out.device)
+    for careful in (False, True):
+        warps = 8 if careful else 4
+        kernel[(programs,)](out, nan, *args, CAREFUL=careful, **constants, num_warps=warps, num_stages=1)
+
+
+def calls(dtype):
+    """What shows every kernel, at the shapes of real generators: for cubins."""
+    x, f = torch.empty(1, 128, 256, 256, dtype=dtype), torch.empty(4, 4)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = x.contiguous(memory_format=layout)
+        yield lambda y=y: upfirdn2d(y, f, [2, 2], [1, 1], [2, 1, 2, 1], False, 4.0)
+        yield lambda y=y: upfirdn2d(y, f, [1, 1], [2, 2], [1, 1, 1, 1], False, 1.0)
+    yield lambda: upfirdn2d(x, f, [1, 1], [1, 1], [2, 1, 2, 1], False, 1.0)
+    for up, down, taps in ((2, 1, 12), (4, 1, 24), (1, 2, 12), (1, 4, 24)):
+        g = torch.empty(taps)
+        yield lambda g=g, up=up, down=down: upfirdn2d(x, g, [up] * 2, [down] * 2, [6] * 4, False, 1.0)
+    yield lambda: upfirdn2d(y, torch.empty(12), [2, 2], [1, 1], [6] * 4, False, 4.0)
