@@ -9,13 +9,18 @@ HERE = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 
 CHECKED := build/sanitize/lib
 
-.PHONY: demo test bench gpu fuzz sanitize lint format clean install
+.PHONY: demo test test-triton bench gpu fuzz sanitize lint format clean install
 
 demo: $(STAMP)
 	$(BIN)/fastgen demo --out "$(OUT)/demo"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The ops' tests over Triton's kernels, interpreted on the CPU, and what the compiler makes of every kernel.
+test-triton: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/models/test_triton.py tests/test_kernels.py -k "triton or kernel"
+	FASTGEN_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_fuzz.py
 
 bench: $(STAMP)
 	mkdir -p "$(OUT)"

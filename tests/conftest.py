@@ -1,15 +1,10 @@
 """What every test can rely on: the checkout is importable, results repeat, skipped GPU tests are counted."""
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Triton kernels take tensors of the CPU then, slowly. They have to know before they are imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
@@ -23,7 +18,8 @@ def pytest_collection_modifyitems(config, items):
     global _deselected
     if torch.cuda.is_available():
         return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    missing = ["gpu"] if _backends.is_interpreted() else ["gpu", "triton"]
+    gpu = [item for item in items if any(map(item.get_closest_marker, missing))]
     _deselected = len(gpu)
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=gpu)
@@ -31,7 +27,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_terminal_summary(terminalreporter):
     if not torch.cuda.is_available():
-        terminalreporter.write_line(f"{_deselected} tests marked gpu did not run: no CUDA device")
+        terminalreporter.write_line(f"{_deselected} tests marked gpu or triton did not run: no CUDA device")
 
 
 @pytest.fixture(autouse=True)

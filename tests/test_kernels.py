@@ -24,6 +24,7 @@ def run(*command, **environment):
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.triton
 def test_every_kernel_compiles_for_every_architecture():
     """No spills in forwards, shared memory that is there, matrix instructions where products are meant."""
     done = run("-m", "fastgen.kernels.cubins")
@@ -66,6 +67,7 @@ def test_what_waits_for_the_device_is_seen():
                 read()
 
 
+@pytest.mark.triton
 def test_triton_stands_above_the_others_while_it_is_chosen(monkeypatch):
     launched = []
     module = importlib.import_module("fastgen.kernels.bias_act")

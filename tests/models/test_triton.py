@@ -9,6 +9,7 @@ from fastgen.models.layers import compute_in
 from fastgen.models.student import Student
 from fastgen.models.teacher import Teacher
 
+pytestmark = pytest.mark.triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
