@@ -19,10 +19,10 @@ def pytest_collection_modifyitems(config, items):
     if torch.cuda.is_available():
         return
     missing = ["gpu"] if _backends.is_interpreted() else ["gpu", "triton"]
-    gpu = [item for item in items if any(map(item.get_closest_marker, missing))]
-    _deselected = len(gpu)
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=gpu)
+    left_out = {item for item in items if any(map(item.get_closest_marker, missing))}
+    _deselected = len(left_out)
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
 
 
 def pytest_terminal_summary(terminalreporter):
