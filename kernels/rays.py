@@ -8,7 +8,7 @@ width; `decoder` is pointers to w1, b1, w2 and b2.
 import triton
 import triton.language as tl
 
-from .common import sigmoid
+from .common import expm1, sigmoid
 from .sample_triplane import cell, corner, projected, shares, widened
 
 # Hidden units that are evaluated together.
@@ -128,9 +128,10 @@ def march(sigma, t, T: tl.constexpr):
     """alpha, light, and keep + 1e-10 of the intervals between T sorted samples; alpha is 0 behind them."""
     inside = tl.arange(0, t.shape[1])[None, :] < T - 1
     density = softplus((sigma + following(sigma)) * 0.5 - 1)
-    keep = tl.exp(-density * (following(t) - t))
-    alpha = tl.where(inside, 1 - keep, 0.0)
-    keep = tl.where(inside, keep + 1e-10, 1.0)
+    exponent = -density * (following(t) - t)
+    # Where little is kept or lost, both in all their digits.
+    alpha = tl.where(inside, -expm1(exponent), 0.0)
+    keep = tl.where(inside, tl.exp(exponent) + 1e-10, 1.0)
     return alpha, tl.cumprod(keep, 1) / keep, keep
 
 

@@ -29,7 +29,7 @@ from .rays import (
     shaded,
     take,
 )
-from .sample_triplane import addressable, channels_last, corner, narrowed, point_at, shares, widened
+from .sample_triplane import SCALE, addressable, channels_last, corner, narrowed, point_at, shares, widened
 
 # How many samples a ray may have, how wide the decoder's layers may be, and how much both together: shared
 # memory holds tiles of so many numbers.
@@ -292,7 +292,7 @@ def render_triplane_bwd(
         S=s, BLOCK_R=block_r, BLOCK_S=block_s, **sizes, num_warps=8,
     )  # fmt: skip
     d_planes = channels_last(planes)
-    block_m = min(BLOCK_M, LARGEST // 2 // max(sizes["BLOCK_F"], sizes["BLOCK_C"]))
+    block_m = min(BLOCK_M, LARGEST // 2 // max(sizes["BLOCK_F"], sizes["BLOCK_C"])) * SCALE
     programs = min(PROGRAMS, triton.cdiv(n * r * s, block_m))
     sums = depths.new_zeros(programs, d * (f + 1) + (c + 1) * (d + 1))
     render_triplane_bwd_samples_kernel[(programs,)](
@@ -316,7 +316,7 @@ def _rays_of(scene, rays, block_s: int) -> int:
         and block_s * width <= LARGEST
         and addressable(planes)
     )
-    return max(1, min(ROWS, LARGEST // width) // block_s) if served else 0
+    return max(1, min(ROWS, LARGEST // width) // block_s) * SCALE if served else 0
 
 
 def _scene(planes, w1, b1, w2, b2, projection) -> tuple[tuple, tuple]:

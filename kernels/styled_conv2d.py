@@ -17,7 +17,7 @@ from .common import packed, precision, serves
 from .filtered_bias_act import INTERPRETED, narrowed, noise_strides, shifted
 
 # By bytes of an element: BLOCK_M pixels, BLOCK_N channels out, BLOCK_K channels in, stages. The first that
-# makes enough programs for a large GPU is taken, else the last. The largest has 8 warps, so as not to spill.
+# makes enough programs for a large GPU, and is half full, is taken, else the last. The largest has 8 warps.
 TILES = {
     2: [(128, 128, 64, 3), (128, 64, 64, 4), (64, 64, 64, 4), (32, 32, 128, 4), (16, 16, 128, 5)],
     4: [(64, 64, 32, 3), (32, 32, 32, 4), (16, 16, 64, 4)],
@@ -28,7 +28,7 @@ PIXELS = {2: 64, 4: 32}
 if INTERPRETED:
     # There a program takes its time for each step, whatever the size of the tile.
     ENOUGH, PIXELS = 4, {2: 4096, 4: 4096}
-    TILES = {size: [(4096, 128, 128, 1), *tiles] for size, tiles in TILES.items()}
+    TILES = {size: [(1024, 128, 128, 1), *tiles] for size, tiles in TILES.items()}
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def _launch(
         block_m, block_n = tile[0], min(tile[1], max(16, triton.next_power_of_2(outputs)))
         blocks_m = triton.cdiv(pixels, block_m)
         programs = n * up * up * blocks_m * triton.cdiv(outputs, block_n)
-        if programs >= ENOUGH:
+        if programs >= ENOUGH and block_m < 2 * pixels:
             break
     block_k = min(tile[2], max(16, triton.next_power_of_2(channels)))
     warps = 8 if (block_m, block_n) == TILES[x.element_size()][0][:2] else 4
@@ -252,21 +252,16 @@ def calls(dtype):
         return torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
     act = "lrelu", 0.2, 1.4, 256.0
-    # A layer of every tile, of a single image and with styles.
-    for side, channels, outputs in (
-        (256, 64, 128),
-        (128, 64, 64),
-        (32, 128, 512),
-        (16, 128, 256),
-        (4, 128, 512),
-    ):
+    # Layers of one sample and of several, for every tile.
+    layers = (256, 64, 128), (128, 64, 64), (32, 128, 512), (16, 128, 256), (4, 128, 512)
+    for side, channels, outputs in layers:
         x, weight, b = images(1, channels, side, side), images(outputs, channels, 3, 3), torch.empty(outputs)
         noise, s, d = torch.empty(1, 1, side, side), torch.empty(1, channels), torch.empty(1, outputs)
         for scales in ((None, None), (s, d)):
             yield lambda args=(x, weight, *scales, noise, b, [1] * 4, *act, False): styled_conv2d_act(*args)
             yield lambda args=(x, weight, scales[0], [0] * 4, 2): styled_conv2d(*args)
         dy, dy_up = images(1, outputs, side, side), images(1, outputs, 2 * side + 1, 2 * side + 1)
-        for up, grad in ((1, dy), (2, dy_up)):
+        for up, grad in ((1, dy), (2, dy_up)) if side >= 128 else ():
             yield lambda args=(grad, x, weight, s, [1] * 4, up): styled_conv2d_bwd(*args)
             yield lambda args=(grad, x, s, [3, 3], [1] * 4, up): styled_conv2d_dw(*args)
     # To the image, and to planes.

@@ -173,7 +173,7 @@ _channels_last = define(
 )
 
 
-# A GPU leaves a convolution of this many pixels to PyTorch, if it has taps, and WIDE channels in and out. All
+# A GPU leaves a convolution of so many pixels to PyTorch, if it has taps, and WIDE channels in and out. All
 # others are limited by memory or by latency, and a kernel that does everything at once has less of both. In
 # float32 PyTorch's products are of TF32, unless that is forbidden, and the kernel's are three of it each.
 # Reasoned from bytes and products, not yet measured.
@@ -182,7 +182,7 @@ MANY_PIXELS = {torch.float32: 32 * 32, torch.bfloat16: 64 * 64, torch.float16: 6
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
-    taps, pixels = weight[0, 0].numel(), x.shape[2] * x.shape[3]
+    taps, pixels = weight[0, 0].numel(), x[:, 0].numel()
     return taps > 1 and min(weight.shape[:2]) >= WIDE and pixels >= MANY_PIXELS[x.dtype]
 
 

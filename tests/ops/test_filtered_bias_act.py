@@ -49,6 +49,7 @@ class TestFilteredBiasAct(OpChecks):
         case("identity", (1, 3, 4, 4), padding=(1, -1, 2, 0), gain=4.0, b=True),
         case("contiguous", (2, 40, 3, 50), F4, True, (2, 1, 4, 51), True, padding=(2, 2, 2, 2), dense=True),
         case("wide", (1, 3, 17, 700), F4, padding=(1, 2, 2, 1), b=True),
+        case("many_taps", (1, 2, 5, 6), torch.tensor([1.0, -2, 3, 4, 0.5]), b=True, padding=(2, 2, 1, 3)),
         case("many_channels", (1, 1100, 2, 3), scale=True, b=True),
     ]  # fmt: skip
 

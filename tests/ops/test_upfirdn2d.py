@@ -29,6 +29,9 @@ class TestUpfirdn2d(OpChecks):
         case("one_pixel", (2, 1, 1, 1), ODD, padding=1),
         case("crop_all_but_zeros", (2, 2, 4, 4), ODD, padding=[-6, 9, 0, 0]),
         case("wide_filter", (2, 2, 3, 3), torch.ones(1, 9), up=3, padding=[8, 8, 0, 0], down=[4, 1]),
+        case("short_separable", (2, 2, 6, 5), ODD[0], up=[1, 2], down=[2, 1], padding=[2, 1, 1, 2], gain=3),
+        case("separable_tiles", (2, 2, 5, 41), LONG.repeat(2), up=4, padding=[13, 10, 11, 12], gain=16),
+        case("very_long", (2, 2, 4, 29), LONG.repeat(3), down=[3, 1], padding=[12, 13, 18, 17]),
         case("many_channels", (2, 33, 5, 6), F4, padding=[1, 2, 1, 2], flip_filter=True),
     ]
     errors = [
