@@ -239,7 +239,7 @@ def filtered_bias_act(
     tiles = triton.cdiv(out_h, constants["BLOCK_P"] // constants["BLOCK_W"])
     tiles *= triton.cdiv(out_w, constants["BLOCK_W"]) * triton.cdiv(c, constants["BLOCK_C"])
     filtered_bias_act_kernel[(n * tiles,)](
-        out, images[0], f, scale, noise, packed(b), c, *sizes, fir_gain, alpha, gain, clamp,
+        out, images[0], packed(f), scale, noise, packed(b), c, *sizes, fir_gain, alpha, gain, clamp,
         *place, *noise_strides(noise), *out.stride(), **constants,
     )  # fmt: skip
     return out
@@ -256,7 +256,8 @@ def filtered_bias_act_bwd(dy, x, f, padding, flip_filter, fir_gain, scale, noise
     dt, d_noise = _like_images(*dy.shape, x=dy), _like_images(*shape, out_h, out_w, x=dy, dtype=torch.float32)
     sums = dy.new_empty(2, n, tiles, c, dtype=torch.float32)
     filtered_bias_act_bwd_kernel[(n * tiles,)](
-        dt, sums, d_noise, dy, images[0], f, scale, noise, packed(b), c, *sizes, fir_gain, alpha, gain, clamp,
+        dt, sums, d_noise, dy, images[0], packed(f), scale, noise, packed(b), c, *sizes,
+        fir_gain, alpha, gain, clamp,
         sums[0].numel(), *dy.stride(), *place, *noise_strides(noise), **constants, num_warps=8,
     )  # fmt: skip
     d_scale, d_b = sums.sum(2)

@@ -16,7 +16,6 @@ from .bias_act import activation, clamped, slope
 from .common import packed, precision, serves
 from .upfirdn2d import (
     INF,
-    OVERHEAD,
     SIDES,
     between,
     channels_last,
@@ -117,13 +116,13 @@ def filtered_lrelu(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_fil
         result_size(size, up, down, p, sum(taps) - 1) for size, p in ((w, padding[:2]), (h, padding[2:]))
     )
     out, source = x.new_empty((n, c, oh, ow)), _planes(x)
-    sides = _tile(up, down, *taps, False)
+    sides = _tile(up, down, *taps, False, precision(x))
     (start_y, shift_y), (start_x, shift_x) = divmod(-padding[2], up), divmod(-padding[0], up)
     launch_twice(
         filtered_lrelu_kernel, n * c * triton.cdiv(oh, sides["STEP"]) * triton.cdiv(ow, sides["STEP"]),
         out, source, *padded_taps([fu, fd], float(up), flip_filter, max(up, down), x), packed(b),
         c, h, w, oh, ow, *source.stride(), start_y, start_x, shift_y, shift_x, gain, slope, clamp,
-        CLAMPS=clamp >= 0, UP=up, DOWN=down, PRECISION=precision(x), **sides,
+        CLAMPS=clamp >= 0, UP=up, DOWN=down, **sides,
     )  # fmt: skip
     return out.contiguous(memory_format=torch.channels_last) if channels_last(x) else out
 
@@ -134,14 +133,13 @@ def filtered_lrelu_bwd(dy, x, fu, fd, b, up, down, padding, gain, slope, clamp, 
     n, c, h, w = x.shape
     taps = _taps(fu, fd)
     dx, dy, source = x.new_empty(x.shape), _planes(dy), _planes(x)
-    sides = _tile(up, down, *taps, True)
+    sides = _tile(up, down, *taps, True, precision(x))
     (start_y, shift_y), (start_x, shift_x) = (divmod(padding[i] - sum(taps) + 2, down) for i in (2, 0))
     launch_twice(
         filtered_lrelu_bwd_kernel, n * c * triton.cdiv(h, sides["STEP"]) * triton.cdiv(w, sides["STEP"]),
         dx, dy, source, *padded_taps([fu, fd], float(up), flip_filter, max(up, down), x), packed(b),
         c, h, w, *dy.shape[2:], *dy.stride(), *source.stride(), start_y, start_x, shift_y, shift_x,
-        gain, slope, clamp, CLAMPS=clamp >= 0, UP=up, DOWN=down, TAPS_U=taps[0], TAPS_D=taps[1],
-        PRECISION=precision(x), **sides,
+        gain, slope, clamp, CLAMPS=clamp >= 0, UP=up, DOWN=down, TAPS_U=taps[0], TAPS_D=taps[1], **sides,
     )  # fmt: skip
     return dx.contiguous(memory_format=torch.channels_last) if channels_last(x) else dx
 
@@ -161,8 +159,10 @@ def _planes(x):
 
 
 @functools.cache
-def _tile(up: int, down: int, taps_u: int, taps_d: int, backward: bool) -> dict[str, int]:
-    """The sides of square tiles of x, v, the result and dy, and how many of the results are whole."""
+def _tile(
+    up: int, down: int, taps_u: int, taps_d: int, backward: bool, precision: str
+) -> dict[str, int | str]:
+    """The sides of square tiles of x, v, the result and dy, how many of the results are whole, and the rest."""
 
     def step(x, v, out, grad):
         whole = min(v, reach(x, up, 1, taps_u))
@@ -171,13 +171,18 @@ def _tile(up: int, down: int, taps_u: int, taps_d: int, backward: bool) -> dict[
         return min(out, reach(whole, 1, down, taps_d))
 
     def cost(sides):
+        # What each product on both sides holds for each result: two tiles and two bands.
         x, v, out, grad = sides
-        products = sum(side * v * (side + v) for side in (x, out, grad))
-        return (products + OVERHEAD) / step(*sides) ** 2 if step(*sides) > 0 else math.inf
+        held = sum((side + v) ** 2 for side in (x, out, grad)[: 2 + backward])
+        return held / step(*sides) ** 2 if step(*sides) > 0 else math.inf
 
-    sides = min(itertools.product(SIDES, SIDES, SIDES, SIDES if backward else [0]), key=cost)
+    # Three terms of float32 do not fit in registers beyond 64.
+    most = SIDES if precision == "tf32" else SIDES[:3]
+    sides = min(itertools.product(SIDES[:3], most, SIDES[:3], SIDES[:3] if backward else [0]), key=cost)
     named = dict(zip(("IN", "MIDDLE", "OUT", "GRAD"), sides, strict=True), STEP=step(*sides))
-    return named if backward else {name: n for name, n in named.items() if name != "GRAD"}
+    if not backward:
+        del named["GRAD"]
+    return named | {"PRECISION": precision, "num_warps": 8 if named["MIDDLE"] == 128 else 4}
 
 
 def calls(dtype):

@@ -45,14 +45,16 @@ REDUCE, GROUP = True, tl.constexpr(16)
 
 @triton.jit
 def render_triplane_kernel(
-    features_ptr, depth_ptr, weight_ptr, kept_ptr, planes, decoder, origins_ptr, directions_ptr, depths_ptr,
-    u_ptr, rays, per_image, WHITE: tl.constexpr, FINE: tl.constexpr, COARSE: tl.constexpr,
+    features_ptr, depth_ptr, weight_ptr, kept_ptr, planes_ptr, strides, matrix, height, width, decoder,
+    origins_ptr, directions_ptr, depths_ptr, u_ptr, rays, per_image,
+    WHITE: tl.constexpr, FINE: tl.constexpr, COARSE: tl.constexpr,
     S: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Features, mean depth, weight and sorted depths of rays; S samples, and K more where those say."""
     T: tl.constexpr = S + K
+    planes = planes_ptr, strides, matrix, height, width
     ray = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     given, image = ray < rays, ray // per_image
     origin, direction = point_at(origins_ptr, ray, given), point_at(directions_ptr, ray, given)
@@ -102,13 +104,15 @@ def render_triplane_kernel(
 
 @triton.jit
 def render_triplane_bwd_rays_kernel(
-    v_ptr, d_sigma_ptr, lines_ptr, df_ptr, dd_ptr, dw_ptr, planes, decoder, origins_ptr, directions_ptr,
-    depths_ptr, rays, per_image, WHITE: tl.constexpr, FINE: tl.constexpr, COARSE: tl.constexpr,
+    v_ptr, d_sigma_ptr, lines_ptr, df_ptr, dd_ptr, dw_ptr, planes_ptr, strides, matrix, height, width,
+    decoder, origins_ptr, directions_ptr, depths_ptr, rays, per_image,
+    WHITE: tl.constexpr, FINE: tl.constexpr, COARSE: tl.constexpr,
     S: tl.constexpr, F: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Of S sorted samples of rays, weights v and gradients of density; and lines, the rays on planes."""
+    planes = planes_ptr, strides, matrix, height, width
     ray = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     given, image = ray < rays, ray // per_image
     origin, direction = point_at(origins_ptr, ray, given), point_at(directions_ptr, ray, given)
@@ -189,12 +193,14 @@ def scatter(
 
 @triton.jit
 def render_triplane_bwd_samples_kernel(
-    d_planes_ptr, d_strides, sums_ptr, v_ptr, d_sigma_ptr, lines_ptr, df_ptr, planes, decoder, depths_ptr,
-    samples, per_image, PRECISION: tl.constexpr, REDUCE: tl.constexpr,
+    d_planes_ptr, d_strides, sums_ptr, v_ptr, d_sigma_ptr, lines_ptr, df_ptr,
+    planes_ptr, strides, matrix, height, width, decoder, depths_ptr, samples, per_image,
+    PRECISION: tl.constexpr, REDUCE: tl.constexpr,
     S: tl.constexpr, F: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds to planes' gradients, and to a program's sums of those of w1, b1, w2, b2."""
+    planes = planes_ptr, strides, matrix, height, width
     BLOCK: tl.constexpr = min(UNITS, BLOCK_D)
     f, c = tl.arange(0, BLOCK_F)[None, :], tl.arange(0, BLOCK_C)[None, :]
     block, unit = tl.arange(0, BLOCK_D // BLOCK), tl.arange(0, BLOCK)
@@ -300,7 +306,8 @@ def render_triplane_bwd(
         PRECISION=products, REDUCE=REDUCE, S=s, BLOCK_M=block_m, **sizes, num_warps=8, num_stages=1,
     )  # fmt: skip
     sums = sums.sum(0).split([d * f, d, (c + 1) * d, c + 1])
-    weights = (y.view(x.shape).to(x.dtype) for x, y in zip(scene[1:], sums, strict=True))
+    # An op's outputs may not share memory.
+    weights = (y.view(x.shape).to(x.dtype, copy=True) for x, y in zip(scene[1:], sums, strict=True))
     return planes.new_empty(planes.shape).copy_(d_planes), *weights
 
 
@@ -319,12 +326,12 @@ def _rays_of(scene, rays, block_s: int) -> int:
     return max(1, min(ROWS, LARGEST // width) // block_s) * SCALE if served else 0
 
 
-def _scene(planes, w1, b1, w2, b2, projection) -> tuple[tuple, tuple]:
+def _scene(planes, w1, b1, w2, b2, projection) -> tuple:
     """What kernels take as planes, copied if their channels are not side by side, and as decoder."""
     if planes.stride(2) != 1:
         planes = planes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    image = planes, planes.stride(), tuple(projection), *planes.shape[3:]
-    return image, tuple(x.contiguous() for x in (w1, b1, w2, b2))
+    decoder = tuple(x.contiguous() for x in (w1, b1, w2, b2))
+    return planes, planes.stride(), tuple(projection), *planes.shape[3:], decoder
 
 
 def _sizes(w1, w2) -> dict[str, int]:

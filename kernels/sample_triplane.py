@@ -151,7 +151,7 @@ def sample_triplane_bwd_kernel(
     """
     point = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     given, n = point < count, point // m
-    dx, dy, dz = (tl.zeros([BLOCK_M], tl.float32),) * 3
+    gx, gy, gz = (tl.zeros([BLOCK_M], tl.float32),) * 3
     position = point_at(points_ptr, point, given)
     if q_ptr is not None:
         q = point_at(q_ptr, point, given)
@@ -193,14 +193,14 @@ def sample_triplane_bwd_kernel(
                 du += twist * qv
                 dv += twist * qu
         du, dv = du * (width * 0.5), dv * (height * 0.5)
-        dx += _unprojected(du, dv, matrix, plane, 0)
-        dy += _unprojected(du, dv, matrix, plane, 1)
-        dz += _unprojected(du, dv, matrix, plane, 2)
+        gx += _unprojected(du, dv, matrix, plane, 0)
+        gy += _unprojected(du, dv, matrix, plane, 1)
+        gz += _unprojected(du, dv, matrix, plane, 2)
     if dpoints_ptr is not None:
         at = dpoints_ptr + 3 * point
-        tl.store(at, narrowed(dx, dpoints_ptr.dtype.element_ty), given)
-        tl.store(at + 1, narrowed(dy, dpoints_ptr.dtype.element_ty), given)
-        tl.store(at + 2, narrowed(dz, dpoints_ptr.dtype.element_ty), given)
+        tl.store(at, narrowed(gx, dpoints_ptr.dtype.element_ty), given)
+        tl.store(at + 1, narrowed(gy, dpoints_ptr.dtype.element_ty), given)
+        tl.store(at + 2, narrowed(gz, dpoints_ptr.dtype.element_ty), given)
 
 
 @triton.jit
@@ -252,8 +252,9 @@ def sample_triplane_bwd2(
         return NotImplemented
     args = ddcoordinates, planes, coordinates, projection, mean
     ddy = _sample(dy.new_empty(dy.shape), ddplanes, *args) if need_dy else dy.new_empty(0)
-    p = ddplanes if need_coordinates else None
-    return ddy, *_scatter(dy, p, *args, need_planes, need_coordinates)
+    p, directed = ddplanes if need_coordinates else None, ddcoordinates is not None
+    dplanes, dpoints = _scatter(dy, p, *args, need_planes and directed, need_coordinates)
+    return ddy, dplanes if directed or not need_planes else torch.zeros_like(planes), dpoints
 
 
 def _served(planes, coordinates, dy=None, p=None, q=None) -> bool:

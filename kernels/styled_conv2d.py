@@ -180,6 +180,8 @@ def _launch(
         KH=kh, KW=kw, UP=up, STRIDE=stride, EVEN=channels % block_k == 0,
         FULL=noise is not None and noise.shape[1] != 1, ACT=act, CLAMPS=clamp >= 0, PRECISION=precision(x),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=tile[3],
+        # Else a few would be spilled for the sake of one more program at once.
+        maxnreg=255 if warps == 4 else None,
     )  # fmt: skip
     return None if ds is None else ds.sum(1)
 
@@ -253,8 +255,8 @@ def calls(dtype):
 
     act = "lrelu", 0.2, 1.4, 256.0
     # Layers of one sample and of several, for every tile.
-    layers = (256, 64, 128), (128, 64, 64), (32, 128, 512), (16, 128, 256), (4, 128, 512)
-    for side, channels, outputs in layers:
+    channels = 128
+    for side, outputs in (256, 128), (128, 64), (64, 256), (32, 512), (16, 512), (4, 512):
         x, weight, b = images(1, channels, side, side), images(outputs, channels, 3, 3), torch.empty(outputs)
         noise, s, d = torch.empty(1, 1, side, side), torch.empty(1, channels), torch.empty(1, outputs)
         for scales in ((None, None), (s, d)):

@@ -24,10 +24,8 @@ from .common import packed, precision, serves
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 # Elements that a program makes tap by tap.
 BLOCK = 2**15 if _interpreted else 2048
-# What a tile costs beyond its products, in products.
-OVERHEAD = 2**16
-# Sides of tiles; larger ones do not fit in registers. And what they leave room for.
-SIDES = (16, 32, 64)
+# Sides of tiles, and what they leave room for.
+SIDES = (16, 32, 64, 128)
 LONGEST, WIDEST_STEP = 32, 8
 INF = tl.constexpr(float("inf"))
 
@@ -132,15 +130,15 @@ def between(
     if CAREFUL:
         finite = tl.abs(x) < INF
         y = tl.zeros((ROWS, COLS), tl.float32)
-        met, signed = y, y
-        # In turn: how many such numbers are met; how many more of one sign of infinity than of the other; the
-        # sum of the finite ones. A loop, so that the code, and what it holds in registers, is there once.
+        # In turn: how many such numbers are met; how many more of one sign of infinity than of the other, and so
+        # what comes of them; the sum of the finite ones. A loop, to hold little in registers.
         for turn in range(1, 4):
             part = tl.where(finite, tl.where(turn == 3, x, 0.0), tl.where(turn == 1, 1.0, sign(x)))
-            at = turn % 3 * size
-            met, signed, y = signed, y, _product(left + at, part, right + at, PRECISION)
-        bad = tl.where(signed == met, INF, tl.where(signed == -met, -INF, float("nan")))
-        return tl.where(met > 0, bad, y)
+            z = _product(left + turn % 3 * size, part, right + turn % 3 * size, PRECISION)
+            bad = tl.where(z == y, INF, tl.where(z == -y, -INF, float("nan")))
+            bad = tl.where(y > 0, bad, 0.0)
+            y = tl.where(turn == 1, z, tl.where(turn == 2, bad, tl.where(y == 0, z, y)))
+        return y
     else:
         return _product(left, x, right, PRECISION)
 
@@ -281,11 +279,13 @@ def reach(size: int, up: int, down: int, taps: int) -> int:
 def _tile(up: int, down: int, taps: int) -> tuple[int, int, int]:
     """The sides of a square tile of samples and of its results, and how many of these are whole."""
 
-    def cost(samples, results):
+    def cost(sides):
+        # What it holds for each result: both tiles and two bands.
+        samples, results = sides
         step = min(results, reach(samples, up, down, taps))
-        return (results * samples * (samples + results) + OVERHEAD) / step**2 if step > 0 else math.inf
+        return (samples + results) ** 2 / step**2 if step > 0 else math.inf
 
-    samples, results = min(itertools.product(SIDES, SIDES), key=lambda sides: cost(*sides))
+    samples, results = min(itertools.product(SIDES[:3], SIDES[:3]), key=cost)
     return samples, results, min(results, reach(samples, up, down, taps))
 
 
@@ -321,12 +321,11 @@ def padded_taps(filters: list[Tensor | None], scale: float, flip_filter: bool, s
     return out, pad, size
 
 
-def launch_twice(kernel, programs, out, *args, **constants):
+def launch_twice(kernel, programs, out, *args, num_warps=4, **constants):
     """The second time with care, for the tiles in which there is NaN."""
     nan = torch.empty(programs, dtype=torch.int8, device=out.device)
-    for careful in (False, True):
-        warps = 8 if careful else 4
-        kernel[(programs,)](out, nan, *args, CAREFUL=careful, **constants, num_warps=warps, num_stages=1)
+    for careful, warps in ((False, num_warps), (True, 8)):
+        kernel[(programs,)](out, nan, *args, CAREFUL=careful, num_warps=warps, num_stages=1, **constants)
 
 
 def calls(dtype):

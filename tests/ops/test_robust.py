@@ -99,6 +99,7 @@ def test_fork_while_another_thread_computes():
         "    with torch.no_grad():\n"
         "        x, w = torch.ones(1, 32, 96, 96), torch.ones(32, 32, 3, 3)\n"
         "        ops.modulated_conv2d(x, w, torch.ones(1, 32), padding=1)\n"
+        "call()  # a first call's initialisation, PyTorch's too, does not survive a fork in its middle\n"
         "stop = False\n"
         "def loop():\n"
         "    while not stop: call()\n"
