@@ -9,8 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BLOCK, expm1, laid_out, packed, serves, sigmoid, softplus, tanh
+from .common import expm1, laid_out, packed, serves, sigmoid, size_class, softplus, tanh, tuned
 
+# Elements of a program: two to four 16-byte loads a thread.
+CONFIGS = [
+    {"block": block, "num_warps": warps} for block, warps in ((1024, 4), (512, 4), (2048, 8), (4096, 8))
+]
 SELU_SCALE = tl.constexpr(1.0507009873554804934)
 SELU_ALPHA = tl.constexpr(1.6732632423543772848)
 
@@ -156,14 +160,19 @@ def _launch(order, g, dy, x, b, dim, act, alpha, gain, clamp):
         cols = x.stride(dim) if channels > 1 else x.numel()
         kind, cols = ("row", cols) if cols > 1 or channels == 1 else ("column", channels)
         rows = x.numel() // cols
-    block_c = min(BLOCK, triton.next_power_of_2(cols))
-    block_r = BLOCK // block_c
-    grid = (triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c),)
-    bias_act_kernel[grid](
-        out, g, dy, x, packed(b), rows, cols, 1 if b is None else len(b), alpha, gain, clamp, ORDER=order,
-        ACT=act, CLAMPS=clamp >= 0, BIAS=kind, BLOCK_R=block_r, BLOCK_C=block_c,
-    )  # fmt: skip
-    return out
+
+    def launch(config):
+        block_c = min(config["block"], triton.next_power_of_2(cols))
+        block_r = config["block"] // block_c
+        bias_act_kernel[(triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c),)](
+            out, g, dy, x, packed(b), rows, cols, 1 if b is None else len(b), alpha, gain, clamp, ORDER=order,
+            ACT=act, CLAMPS=clamp >= 0, BIAS=kind, BLOCK_R=block_r, BLOCK_C=block_c,
+            num_warps=config["num_warps"],
+        )  # fmt: skip
+        return out
+
+    key = "bias_act", order, act, x.dtype, kind, size_class(rows, cols)
+    return tuned(key, CONFIGS, launch)
 
 
 def calls(dtype):

@@ -1,6 +1,8 @@
 """What kernels and launchers share: dtypes, layouts, and functions that Triton's interpreter lacks."""
 
 import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import triton
@@ -8,8 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Elements that a program of an elementwise kernel takes: two to four 16-byte loads a thread.
-BLOCK = 1024
+# There a program takes its time for each step, whatever the size of its tile: tiles are larger.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+AUTOTUNE = os.environ.get("FASTGEN_AUTOTUNE") == "1"
+fastest: dict[tuple, dict] = {}
+T = TypeVar("T")
 
 
 def serves(*tensors: Tensor | None) -> bool:
@@ -23,6 +28,11 @@ def precision(x: Tensor) -> str:
     return "tf32" if x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
+def registers(warps: int) -> int:
+    """Of a thread, at most: without a limit a few are spilled for the sake of one more program at once."""
+    return min(255, 65536 // (32 * warps))
+
+
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
     """x in the strides of `like`, copied only if it has others."""
     return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
@@ -31,6 +41,24 @@ def laid_out(x: Tensor, like: Tensor) -> Tensor:
 def packed(x: Tensor | None) -> Tensor | None:
     """x, or a copy without gaps."""
     return None if x is None else x.contiguous()
+
+
+@triton.jit
+def widened(x):
+    """x in float32; Triton's interpreter takes the smallest numbers of bfloat16 for others."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """x, float32, in dtype, to the nearest; Triton's interpreter would cut off what bfloat16 lacks."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -60,16 +88,25 @@ def softplus(x):
     return tl.where(x > 0, x, 0.0) + tl.where(e < 0.05, series, tl.log(1 + e))
 
 
-def tuned(configs: list[triton.Config], key: list[str]):
-    """The first configuration, or, with FASTGEN_AUTOTUNE=1, what is measured to be the fastest for each key.
+def tuned(key: tuple, configs: Sequence[dict], launch: Callable[[dict], T]) -> T:
+    """`launch` with the first of configs, or, with FASTGEN_AUTOTUNE=1, with the fastest one for this key.
 
-    The key is of shape classes, not sizes: each new one is measured, and that waits for the device.
+    The key is of shape classes, not sizes: each new one is measured once a process, and that waits for the
+    device, so that no CUDA graph may be under capture; then the first serves.
     """
+    if AUTOTUNE and key not in fastest and not _is_capturing():
+        fastest[key] = min(configs, key=lambda config: milliseconds(lambda: launch(config)))
+    return launch(fastest.get(key, configs[0]))
 
-    def decorate(kernel):
-        chosen = configs if os.environ.get("FASTGEN_AUTOTUNE") == "1" else configs[:1]
-        kernel = triton.autotune(chosen, key, cache_results=True)(kernel)
-        kernel.every_config = configs
-        return kernel
 
-    return decorate
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    return triton.testing.do_bench(call, return_mode="median")
+
+
+def size_class(*sizes: int) -> tuple[int, ...]:
+    """Their binary orders of magnitude."""
+    return tuple(size.bit_length() for size in sizes)

@@ -5,34 +5,21 @@ is in the cache of one processor. Four phases are never interleaved in memory: p
 pixel (r / 2, q / 2) of the phase that its parities name.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .bias_act import activation, clamped, slope
-from .common import packed, serves
+from .common import INTERPRETED, narrowed, packed, registers, serves, size_class, tuned
 
 # Bytes of a tile, and of a pixel's channels in it.
-TILE, PIXEL = 4096, 128
+PIXEL = 128
+CONFIGS = [{"tile": tile, "num_warps": warps} for tile, warps in ((4096, 4), (2048, 4), (4096, 8), (8192, 8))]
 # The loop over taps is unrolled.
 MOST_TAPS = 16
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 if INTERPRETED:
-    # There a program takes its time for each step, whatever the size of the tile.
-    TILE = 32768
-
-
-@triton.jit
-def narrowed(v, dtype: tl.constexpr):
-    """v, float32, to the nearest in dtype; Triton's interpreter would cut off what bfloat16 does not hold."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = v.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
-    return v.to(dtype)
+    CONFIGS = [{"tile": 32768, "num_warps": 4}]
 
 
 @triton.jit
@@ -191,7 +178,7 @@ def _like_images(*shape, x: Tensor, dtype=None) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _arguments(x: list[Tensor], f, padding, flip_filter, scale, noise, act, clamp):
+def _arguments(x: list[Tensor], f, padding, flip_filter, scale, noise, act, clamp, tile=CONFIGS[0]["tile"]):
     """What both kernels take: images, where they are, scale, sizes, and what is constant."""
     up = 1 if len(x) == 1 else 2
     height, width = (x[0].shape[i] + (x[-1].shape[i] if up == 2 else 0) for i in (2, 3))
@@ -202,7 +189,7 @@ def _arguments(x: list[Tensor], f, padding, flip_filter, scale, noise, act, clam
     x = x if up == 1 else [p.contiguous(memory_format=torch.channels_last) for p in x]
     to = [(p.data_ptr() - x[0].data_ptr()) // bytes_each for p in x[1:]] or [0] * 3
     block_c = min(PIXEL // bytes_each, triton.next_power_of_2(x[0].shape[1]))
-    block_p = TILE // bytes_each // block_c
+    block_p = tile // bytes_each // block_c
     side = 1 << block_p.bit_length() // 2
     constants = {
         "UP": up, "FH": fh, "FW": fw, "SEPARABLE": f is not None and f.ndim == 1, "FLIP": flip_filter,
@@ -229,20 +216,29 @@ def filtered_bias_act(
 ):
     if not _is_served(x, f, scale, noise, b):
         return NotImplemented
-    (n, c), like = x[0].shape[:2], x[0]
-    images, place, scale, sizes, constants = _arguments(x, f, padding, flip_filter, scale, noise, act, clamp)
-    out_h, out_w = sizes[2:4]
-    out = like.new_empty(n, c, out_h, out_w) if contiguous else _like_images(n, c, out_h, out_w, x=like)
-    if contiguous:
-        # Its neighbours in memory are along a row.
-        constants["BLOCK_W"] = min(triton.next_power_of_2(out_w), constants["BLOCK_P"])
-    tiles = triton.cdiv(out_h, constants["BLOCK_P"] // constants["BLOCK_W"])
-    tiles *= triton.cdiv(out_w, constants["BLOCK_W"]) * triton.cdiv(c, constants["BLOCK_C"])
-    filtered_bias_act_kernel[(n * tiles,)](
-        out, images[0], packed(f), scale, noise, packed(b), c, *sizes, fir_gain, alpha, gain, clamp,
-        *place, *noise_strides(noise), *out.stride(), **constants,
-    )  # fmt: skip
-    return out
+    (n, c, *phase), like = x[0].shape, x[0]
+
+    def launch(config):
+        images, place, scales, sizes, constants = _arguments(
+            x, f, padding, flip_filter, scale, noise, act, clamp, config["tile"]
+        )
+        out_h, out_w = sizes[2:4]
+        out = like.new_empty(n, c, out_h, out_w) if contiguous else _like_images(n, c, out_h, out_w, x=like)
+        if contiguous:
+            # Its neighbours in memory are along a row.
+            constants["BLOCK_W"] = min(triton.next_power_of_2(out_w), constants["BLOCK_P"])
+        tiles = triton.cdiv(out_h, constants["BLOCK_P"] // constants["BLOCK_W"])
+        tiles *= triton.cdiv(out_w, constants["BLOCK_W"]) * triton.cdiv(c, constants["BLOCK_C"])
+        filtered_bias_act_kernel[(n * tiles,)](
+            out, images[0], packed(f), scales, noise, packed(b), c, *sizes, fir_gain, alpha, gain, clamp,
+            *place, *noise_strides(noise), *out.stride(), **constants, num_warps=config["num_warps"],
+            maxnreg=registers(config["num_warps"]),
+        )  # fmt: skip
+        return out
+
+    taps = 0 if f is None else f.numel()
+    key = "filtered_bias_act", like.dtype, len(x), taps, act, contiguous, size_class(n, c, *phase)
+    return tuned(key, CONFIGS, launch)
 
 
 def filtered_bias_act_bwd(dy, x, f, padding, flip_filter, fir_gain, scale, noise, b, act, alpha, gain, clamp):

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import filtered_bias_act
-from .common import FLOATS, serves
+from .common import FLOATS, narrowed, serves
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def modulated_weight_kernel(
                 w *= tl.sum(tl.where(n == 0, d, 0.0))
             to = TAPS - 1 - t if FLIP else t
             at = ((first + i) * stride_oi)[:, None] + (to * stride_ot)[None, :]
-            tl.store(out_ptr + at, filtered_bias_act.narrowed(w, out_ptr.dtype.element_ty), inside)
+            tl.store(out_ptr + at, narrowed(w, out_ptr.dtype.element_ty), inside)
 
 
 def modulated_weight(weight, styles, demodulate, flip, phases, channels_last, dtype):

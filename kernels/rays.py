@@ -8,8 +8,8 @@ width; `decoder` is pointers to w1, b1, w2 and b2.
 import triton
 import triton.language as tl
 
-from .common import expm1, sigmoid
-from .sample_triplane import cell, corner, projected, shares, widened
+from .common import expm1, sigmoid, widened
+from .sample_triplane import cell, corner, projected, shares
 
 # Hidden units that are evaluated together.
 UNITS = tl.constexpr(32)

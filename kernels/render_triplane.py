@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import precision, serves, sigmoid
+from .common import narrowed, precision, registers, serves, sigmoid, size_class, tuned, widened
 from .rays import (
     UNITS,
     concatenated,
@@ -29,13 +29,15 @@ from .rays import (
     shaded,
     take,
 )
-from .sample_triplane import SCALE, addressable, channels_last, corner, narrowed, point_at, shares, widened
+from .sample_triplane import SCALE, addressable, channels_last, corner, point_at, shares
 
 # How many samples a ray may have, how wide the decoder's layers may be, and how much both together: shared
 # memory holds tiles of so many numbers.
 LONGEST, WIDEST, LARGEST = 256, 128, 8192
 # Samples that are decoded together: by a program with whole rays, at the least those of one; by others.
 ROWS, BLOCK_M = 128, 64
+# Rays of a program of the forward, in those that make ROWS.
+CONFIGS = [{"rays": rays, "num_warps": warps} for rays, warps in ((1, 8), (0.5, 8))]
 # Programs of the backward's second kernel.
 PROGRAMS = 512
 # Whether those of GROUP consecutive samples that are in one cell are added up before planes' gradients are
@@ -267,12 +269,20 @@ def render_triplane(
     features = planes.new_empty(n, r, w2.shape[0] - 1)
     depth, weight = depths.new_empty(n, r, 1), depths.new_empty(n, r, 1)
     kept = depths.new_empty(n, r, s + k)
-    render_triplane_kernel[(triton.cdiv(n * r, block_r),)](
-        features, depth, weight, kept, *_scene(*scene, projection), *(x.contiguous() for x in rays),
-        u_fine.contiguous() if k else None, n * r, r,
-        WHITE=white_back, FINE=precision(depths), COARSE=precision(planes), S=s, K=k,
-        BLOCK_R=block_r, BLOCK_S=block_s, BLOCK_K=block_k, BLOCK_T=block_t, **_sizes(w1, w2), num_warps=8,
-    )  # fmt: skip
+    sizes, arrays = _sizes(w1, w2), (*_scene(*scene, projection), *(x.contiguous() for x in rays))
+    u_fine = u_fine.contiguous() if k else None
+
+    def launch(config):
+        block = max(1, int(block_r * config["rays"]))
+        render_triplane_kernel[(triton.cdiv(n * r, block),)](
+            features, depth, weight, kept, *arrays, u_fine, n * r, r,
+            WHITE=white_back, FINE=precision(depths), COARSE=precision(planes), S=s, K=k,
+            BLOCK_R=block, BLOCK_S=block_s, BLOCK_K=block_k, BLOCK_T=block_t, **sizes,
+            num_warps=config["num_warps"], maxnreg=registers(config["num_warps"]),
+        )  # fmt: skip
+
+    key = "render_triplane", planes.dtype, s, k, *sizes.values(), size_class(n * r)
+    tuned(key, CONFIGS, launch)
     # Rays that meet nothing are farthest away.
     return features, depth.clamp_(*kept.aminmax()), weight, kept
 

@@ -6,38 +6,20 @@ is the sum of corners times the shares' derivatives. What comes back to the plan
 float32.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import serves
+from .common import INTERPRETED, narrowed, serves, size_class, tuned, widened
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # The interpreter takes its time for each step, whatever the size of a tile: there tiles are larger.
 SCALE = 8 if INTERPRETED else 1
 # Elements of a program's tile.
-BLOCK = 2048 * SCALE
-
-
-@triton.jit
-def widened(x):
-    """x in float32; Triton's interpreter takes the smallest numbers of bfloat16 for others."""
-    if INTERPRETED and x.dtype == tl.bfloat16:
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def narrowed(x, dtype: tl.constexpr):
-    """x, float32, in dtype, to the nearest; Triton's interpreter would cut off what bfloat16 lacks."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
-        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
+CONFIGS = [
+    {"block": block * SCALE, "num_warps": warps}
+    for block, warps in ((2048, 8), (2048, 4), (1024, 4), (4096, 8))
+]
 
 
 @triton.jit
@@ -265,13 +247,18 @@ def _sample(out, p, q, planes, coordinates, projection, mean):
     """Samples of p + slopes of planes along q."""
     (_, _, c, h, w), (n, m, _) = planes.shape, coordinates.shape
     x, q = (None, None) if q is None else (planes, q.contiguous())
-    tile = _tile(c)
-    grid = (triton.cdiv(n * m, tile["BLOCK_M"]) * triton.cdiv(c, tile["BLOCK_C"]),)
-    sample_triplane_kernel[grid](
-        out, p, x, coordinates.contiguous(), q, tuple(projection), _strides(p), _strides(x), n * m, m,
-        c, h, w, MEAN=mean, **tile,
-    )  # fmt: skip
-    return out
+
+    def launch(config):
+        block = min(64, triton.next_power_of_2(c))
+        block_m = config["block"] // block
+        sample_triplane_kernel[(triton.cdiv(n * m, block_m) * triton.cdiv(c, block),)](
+            out, p, x, coordinates.contiguous(), q, tuple(projection), _strides(p), _strides(x), n * m, m,
+            c, h, w, MEAN=mean, BLOCK_M=block_m, BLOCK_C=block, num_warps=config["num_warps"],
+        )  # fmt: skip
+        return out
+
+    key = "sample_triplane", out.dtype, mean, q is None, c, size_class(n * m, h * w)
+    return tuned(key, CONFIGS, launch)
 
 
 def _scatter(dy, p, q, planes, coordinates, projection, mean, need_planes, need_coordinates):
@@ -280,21 +267,18 @@ def _scatter(dy, p, q, planes, coordinates, projection, mean, need_planes, need_
     x, q = (None, None) if q is None else (planes if need_coordinates else None, q.contiguous())
     d = channels_last(planes) if need_planes else None
     dpoints = coordinates.new_empty(coordinates.shape if need_coordinates else 0)
-    tile = _tile(c)
-    sample_triplane_bwd_kernel[(triton.cdiv(n * m, tile["BLOCK_M"]),)](
+    block = min(64, triton.next_power_of_2(c))
+    block_m = CONFIGS[0]["block"] // block
+    sample_triplane_bwd_kernel[(triton.cdiv(n * m, block_m),)](
         d, dpoints if need_coordinates else None, dy.contiguous(), p, x, coordinates.contiguous(), q,
-        tuple(projection), _strides(d), _strides(p), _strides(x), n * m, m, c, h, w, MEAN=mean, **tile,
+        tuple(projection), _strides(d), _strides(p), _strides(x), n * m, m, c, h, w, MEAN=mean,
+        BLOCK_M=block_m, BLOCK_C=block, num_warps=8,
     )  # fmt: skip
     return planes.new_empty(0) if d is None else like(d, planes), dpoints
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...] | None:
     return None if x is None else x.stride()
-
-
-def _tile(channels: int) -> dict[str, int]:
-    block = min(64, triton.next_power_of_2(channels))
-    return {"BLOCK_M": BLOCK // block, "BLOCK_C": block, "num_warps": 8}
 
 
 def calls(dtype):

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .bias_act import activation, clamped
-from .common import packed, precision, serves
-from .filtered_bias_act import INTERPRETED, narrowed, noise_strides, shifted
+from .common import INTERPRETED, narrowed, packed, precision, registers, serves, size_class, tuned
+from .filtered_bias_act import noise_strides, shifted
 
 # By bytes of an element: BLOCK_M pixels, BLOCK_N channels out, BLOCK_K channels in, stages. The first that
 # makes enough programs for a large GPU, and is half full, is taken, else the last. The largest has 8 warps.
@@ -26,7 +26,6 @@ ENOUGH = 128
 # Of the sum over pixels that makes a weight's gradient, as many at once.
 PIXELS = {2: 64, 4: 32}
 if INTERPRETED:
-    # There a program takes its time for each step, whatever the size of the tile.
     ENOUGH, PIXELS = 4, {2: 4096, 4: 4096}
     TILES = {size: [(1024, 128, 128, 1), *tiles] for size, tiles in TILES.items()}
 
@@ -164,26 +163,34 @@ def _launch(
     (n, channels, height, width), (outputs, _, kh, kw) = x.shape, weight.shape
     out_h, out_w = out.shape[2:]
     pixels = triton.cdiv(out_h, up) * triton.cdiv(out_w, up)
-    for tile in TILES[x.element_size()]:
-        block_m, block_n = tile[0], min(tile[1], max(16, triton.next_power_of_2(outputs)))
+    tiles = TILES[x.element_size()]
+
+    def sizes(tile):
+        """Pixels and channels of a program, and programs in an image."""
+        block_n = min(tile[1], max(16, triton.next_power_of_2(outputs)))
+        return tile[0], block_n, up * up * triton.cdiv(pixels, tile[0]) * triton.cdiv(outputs, block_n)
+
+    def launch(tile):
+        block_m, block_n, programs = sizes(tile)
+        block_k = min(tile[2], max(16, triton.next_power_of_2(channels)))
+        warps = 8 if (block_m, block_n) == tiles[0][:2] else 4
         blocks_m = triton.cdiv(pixels, block_m)
-        programs = n * up * up * blocks_m * triton.cdiv(outputs, block_n)
-        if programs >= ENOUGH and block_m < 2 * pixels:
-            break
-    block_k = min(tile[2], max(16, triton.next_power_of_2(channels)))
-    warps = 8 if (block_m, block_n) == TILES[x.element_size()][0][:2] else 4
-    ds = None if x0 is None else out.new_empty(n, blocks_m, outputs, dtype=torch.float32)
-    styled_conv2d_kernel[(programs,)](
-        out, ds, _images(x), _images(weight), packed(s), packed(d),
-        noise, packed(b), None if x0 is None else _images(x0), channels, outputs, height, width, out_h, out_w,
-        top, left, alpha, gain, clamp, *noise_strides(noise), *out.stride(),
-        KH=kh, KW=kw, UP=up, STRIDE=stride, EVEN=channels % block_k == 0,
-        FULL=noise is not None and noise.shape[1] != 1, ACT=act, CLAMPS=clamp >= 0, PRECISION=precision(x),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=tile[3],
-        # Else a few would be spilled for the sake of one more program at once.
-        maxnreg=255 if warps == 4 else None,
-    )  # fmt: skip
-    return None if ds is None else ds.sum(1)
+        ds = None if x0 is None else out.new_empty(n, blocks_m, outputs, dtype=torch.float32)
+        styled_conv2d_kernel[(n * programs,)](
+            out, ds, _images(x), _images(weight), packed(s), packed(d),
+            noise, packed(b), None if x0 is None else _images(x0), channels, outputs, height, width,
+            out_h, out_w, top, left, alpha, gain, clamp, *noise_strides(noise), *out.stride(),
+            KH=kh, KW=kw, UP=up, STRIDE=stride, EVEN=channels % block_k == 0,
+            FULL=noise is not None and noise.shape[1] != 1, ACT=act, CLAMPS=clamp >= 0,
+            PRECISION=precision(x), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            num_warps=warps, num_stages=tile[3], maxnreg=registers(warps),
+        )  # fmt: skip
+        return None if ds is None else ds.sum(1)
+
+    enough = (t for t in tiles if n * sizes(t)[2] >= ENOUGH and t[0] < 2 * pixels)
+    first = next(enough, tiles[-1])
+    key = "styled_conv2d", x.dtype, up, stride, kh, kw, channels, outputs, x0 is None, size_class(n * pixels)
+    return tuned(key, [first, *(t for t in tiles if t != first)], launch)
 
 
 def styled_conv2d(x, weight, s, padding, up):

@@ -4,29 +4,32 @@ Along an axis, out[o] = sum_k c[k] x[i] over i up = o down - p0 + k. Tap by tap,
 met, every `up`-th, so no inserted zero ever is. As a product, a tile of results is L x R' with a tile x of
 samples, the band L[o, i] = c[i up + p0 - o down], and R' like it for the other axis.
 
-The zeros beside the bands would make NaN of a whole tile if one of its numbers were not finite. Tiles that
-have NaN are computed again with care: numbers that are not finite are counted apart.
+The zeros beside the bands would make NaN of a whole tile if one of its numbers were not finite. What lies in
+tiles that have NaN is computed again with care: numbers that are not finite are counted apart.
 """
 
 import functools
 import itertools
 import math
-import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import packed, precision, serves
+from .common import INTERPRETED, packed, precision, registers, serves, size_class, tuned
 
-# Triton's interpreter is paid by the operation, however large it is.
-_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 # Elements that a program makes tap by tap.
-BLOCK = 2**15 if _interpreted else 2048
+CONFIGS = [
+    {"block": block, "num_warps": warps} for block, warps in ((2048, 4), (1024, 4), (2048, 8), (4096, 8))
+]
+if INTERPRETED:
+    CONFIGS = [{"block": 2**15, "num_warps": 4}]
 # Sides of tiles, and what they leave room for.
 SIDES = (16, 32, 64, 128)
 LONGEST, WIDEST_STEP = 32, 8
+# Tiles that a program looks for NaN in.
+GROUP = 128
 INF = tl.constexpr(float("inf"))
 
 
@@ -130,8 +133,8 @@ def between(
     if CAREFUL:
         finite = tl.abs(x) < INF
         y = tl.zeros((ROWS, COLS), tl.float32)
-        # In turn: how many such numbers are met; how many more of one sign of infinity than of the other, and so
-        # what comes of them; the sum of the finite ones. A loop, to hold little in registers.
+        # In turn: how many such numbers are met; how many more of one sign of infinity than of the other, and
+        # so what comes of them; the sum of the finite ones. A loop, to hold little in registers.
         for turn in range(1, 4):
             part = tl.where(finite, tl.where(turn == 3, x, 0.0), tl.where(turn == 1, 1.0, sign(x)))
             z = _product(left + turn % 3 * size, part, right + turn % 3 * size, PRECISION)
@@ -165,11 +168,43 @@ def sign(x):
 
 
 @triton.jit
-def tile_of(height, width, STEP_Y: tl.constexpr, STEP_X: tl.constexpr):
-    """The plane, and the first row and column of the tile of results that this program makes."""
+def tile_of(at, height, width, STEP_Y: tl.constexpr, STEP_X: tl.constexpr):
+    """The plane, and the first row and column, of a tile of results."""
     tiles_y, tiles_x = tl.cdiv(height, STEP_Y), tl.cdiv(width, STEP_X)
-    at = tl.program_id(0)
-    return (at // tiles_x // tiles_y).to(tl.int64), at // tiles_x % tiles_y * STEP_Y, at % tiles_x * STEP_X
+    row, plane = at // tiles_x % tiles_y, tl.cast(at // tiles_x // tiles_y, tl.int64)
+    return plane, row * STEP_Y, at % tiles_x * STEP_X
+
+
+@triton.jit
+def are_marked(
+    nan_ptr, at, tiles, height, width, STEP_Y: tl.constexpr, STEP_X: tl.constexpr,
+    FIRST_Y: tl.constexpr, FIRST_X: tl.constexpr,
+):  # fmt: skip
+    """Is there NaN in what the first pass made of these tiles, in its own of FIRST_Y by FIRST_X results?"""
+    tl.static_assert((STEP_Y <= FIRST_Y) & (STEP_X <= FIRST_X))
+    plane, y, x = tile_of(at, height, width, STEP_Y, STEP_X)
+    rows, cols = tl.cdiv(height, FIRST_Y), tl.cdiv(width, FIRST_X)
+    nan_ptr += plane * rows * cols
+    top, left = y // FIRST_Y * cols, x // FIRST_X
+    bottom = tl.minimum((y + STEP_Y - 1) // FIRST_Y, rows - 1) * cols
+    right = tl.minimum((x + STEP_X - 1) // FIRST_X, cols - 1)
+    there = at < tiles
+    marks = tl.load(nan_ptr + top + left, there, 0) | tl.load(nan_ptr + top + right, there, 0)
+    return marks | tl.load(nan_ptr + bottom + left, there, 0) | tl.load(nan_ptr + bottom + right, there, 0)
+
+
+@triton.jit
+def count_of(
+    nan_ptr, tiles, height, width, STEP_Y: tl.constexpr, STEP_X: tl.constexpr,
+    FIRST_Y: tl.constexpr, FIRST_X: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """How many tiles are this program's: one, or GROUP, if one of them is marked, or none."""
+    count = GROUP
+    if GROUP > 1:
+        at = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+        marks = are_marked(nan_ptr, at, tiles, height, width, STEP_Y, STEP_X, FIRST_Y, FIRST_X)
+        count = tl.max(marks.to(tl.int32)) * GROUP
+    return count
 
 
 @triton.jit
@@ -199,29 +234,35 @@ def store_tile(
 
 @triton.jit
 def upfirdn2d_separable_kernel(
-    out_ptr, nan_ptr, x_ptr, taps_ptr, pad, size, channels, height, width, out_height, out_width,
+    out_ptr, nan_ptr, tiles, x_ptr, taps_ptr, pad, size, channels, height, width, out_height, out_width,
     stride_xn, stride_xc, stride_xh, stride_xw, start_y, start_x, shift_y, shift_x, gain,
     UP_Y: tl.constexpr, UP_X: tl.constexpr, DOWN_Y: tl.constexpr, DOWN_X: tl.constexpr,
     IN_Y: tl.constexpr, IN_X: tl.constexpr, OUT_Y: tl.constexpr, OUT_X: tl.constexpr,
-    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, FIRST_Y: tl.constexpr, FIRST_X: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """start and shift as above."""
-    if CAREFUL and tl.load(nan_ptr + tl.program_id(0)) == 0:
-        return
-    plane, oy, ox = tile_of(out_height, out_width, STEP_Y, STEP_X)
-    from_y, from_x = oy * DOWN_Y + shift_y, ox * DOWN_X + shift_x
-    y, x = tl.cdiv(from_y, UP_Y), tl.cdiv(from_x, UP_X)
-    samples, _ = load_tile(
-        x_ptr, plane, y + start_y, x + start_x, channels, height, width,
-        stride_xn, stride_xc, stride_xh, stride_xw, IN_Y, IN_X,
-    )  # fmt: skip
-    out = gain * between(
-        samples, taps_ptr + pad, size, y * UP_Y - from_y, x * UP_X - from_x, OUT_Y, OUT_X,
-        -DOWN_Y, UP_Y, -DOWN_X, UP_X, CAREFUL, PRECISION,
-    )  # fmt: skip
-    if not CAREFUL:
-        tl.store(nan_ptr + tl.program_id(0), tl.max((out != out).to(tl.int32)))
-    store_tile(out_ptr, out, plane, oy, ox, out_height, out_width, OUT_Y, OUT_X, STEP_Y, STEP_X)
+    """start and shift as above; a tile, or, with care, those of a group that are marked."""
+    CAREFUL: tl.constexpr = GROUP > 1
+    count = count_of(nan_ptr, tiles, out_height, out_width, STEP_Y, STEP_X, FIRST_Y, FIRST_X, GROUP)
+    for i in range(count):
+        at = tl.program_id(0) * GROUP + i
+        if not CAREFUL or are_marked(
+            nan_ptr, at, tiles, out_height, out_width, STEP_Y, STEP_X, FIRST_Y, FIRST_X
+        ):
+            plane, oy, ox = tile_of(at, out_height, out_width, STEP_Y, STEP_X)
+            from_y, from_x = oy * DOWN_Y + shift_y, ox * DOWN_X + shift_x
+            y, x = tl.cdiv(from_y, UP_Y), tl.cdiv(from_x, UP_X)
+            samples, _ = load_tile(
+                x_ptr, plane, y + start_y, x + start_x, channels, height, width,
+                stride_xn, stride_xc, stride_xh, stride_xw, IN_Y, IN_X,
+            )  # fmt: skip
+            out = gain * between(
+                samples, taps_ptr + pad, size, y * UP_Y - from_y, x * UP_X - from_x, OUT_Y, OUT_X,
+                -DOWN_Y, UP_Y, -DOWN_X, UP_X, CAREFUL, PRECISION,
+            )  # fmt: skip
+            if not CAREFUL:
+                tl.store(nan_ptr + at, tl.max((out != out).to(tl.int32)))
+            store_tile(out_ptr, out, plane, oy, ox, out_height, out_width, OUT_Y, OUT_X, STEP_Y, STEP_X)
 
 
 def upfirdn2d(x, f, up, down, padding, flip_filter, gain):
@@ -251,23 +292,30 @@ def _by_taps(x, f, up, down, padding, flip_filter, gain, last, dtype):
     # Of one pixel both layouts are the same, and it gets the strides of the other.
     layout = torch.channels_last if last and oh * ow > 1 else torch.contiguous_format
     out = torch.empty((n, c, oh, ow), dtype=dtype, device=x.device, memory_format=layout)
-    # A power of two of each axis, the innermost first.
-    rows, block, left = triton.cdiv(oh, up[1]), {}, BLOCK
-    axes = {"X": (ow, 64), "Y": (rows, 32), "C": (c, BLOCK)}
-    axes = {"C": (c, 64), "Y": (rows, 2), "X": (ow, BLOCK)} if last else axes
-    for axis, (size, most) in axes.items():
-        block[axis] = min(triton.next_power_of_2(size), most, left)
-        left //= block[axis]
-    programs = triton.cdiv(c, block["C"]) * triton.cdiv(rows, block["Y"]) * triton.cdiv(ow, block["X"])
+    rows = triton.cdiv(oh, up[1])
     (start_y, shift_y), (start_x, shift_x) = divmod(-padding[2], up[1]), divmod(-padding[0], up[0])
     steps = (0, 0) if f is None else f.stride() if f.ndim == 2 else (0, f.stride(0))
-    upfirdn2d_kernel[(n * up[1] * programs,)](
-        out, x, f, c, h, w, oh, ow, *x.stride(), *out.stride(), *steps, start_y, start_x, shift_y, shift_x,
-        gain, FH=fh, FW=fw, UP_Y=up[1], UP_X=up[0], DOWN_Y=down[1], DOWN_X=down[0],
-        OUTER=f is not None and f.ndim == 1, FLIP=flip_filter,
-        BLOCK_C=block["C"], BLOCK_Y=block["Y"], BLOCK_X=block["X"],
-    )  # fmt: skip
-    return out
+
+    def launch(config):
+        # A power of two of each axis, the innermost first.
+        block, left = {}, config["block"]
+        axes = {"X": (ow, 64), "Y": (rows, 32), "C": (c, left)}
+        axes = {"C": (c, 64), "Y": (rows, 2), "X": (ow, left)} if last else axes
+        for axis, (size, most) in axes.items():
+            block[axis] = min(triton.next_power_of_2(size), most, left)
+            left //= block[axis]
+        programs = triton.cdiv(c, block["C"]) * triton.cdiv(rows, block["Y"]) * triton.cdiv(ow, block["X"])
+        upfirdn2d_kernel[(n * up[1] * programs,)](
+            out, x, f, c, h, w, oh, ow, *x.stride(), *out.stride(), *steps,
+            start_y, start_x, shift_y, shift_x, gain, FH=fh, FW=fw,
+            UP_Y=up[1], UP_X=up[0], DOWN_Y=down[1], DOWN_X=down[0],
+            OUTER=f is not None and f.ndim == 1, FLIP=flip_filter,
+            BLOCK_C=block["C"], BLOCK_Y=block["Y"], BLOCK_X=block["X"], num_warps=config["num_warps"],
+        )  # fmt: skip
+        return out
+
+    key = "upfirdn2d", x.dtype, last, *up, *down, fh, fw, size_class(n * c, oh, ow)
+    return tuned(key, CONFIGS, launch)
 
 
 def reach(size: int, up: int, down: int, taps: int) -> int:
@@ -276,7 +324,7 @@ def reach(size: int, up: int, down: int, taps: int) -> int:
 
 
 @functools.cache
-def _tile(up: int, down: int, taps: int) -> tuple[int, int, int]:
+def _tile(up: int, down: int, taps: int, most: int) -> tuple[int, int, int]:
     """The sides of a square tile of samples and of its results, and how many of these are whole."""
 
     def cost(sides):
@@ -285,7 +333,7 @@ def _tile(up: int, down: int, taps: int) -> tuple[int, int, int]:
         step = min(results, reach(samples, up, down, taps))
         return (samples + results) ** 2 / step**2 if step > 0 else math.inf
 
-    samples, results = min(itertools.product(SIDES[:3], SIDES[:3]), key=cost)
+    samples, results = min(itertools.product(SIDES[:most], SIDES[:most]), key=cost)
     return samples, results, min(results, reach(samples, up, down, taps))
 
 
@@ -294,14 +342,24 @@ def _by_bands(x, f, up, down, padding, flip_filter, gain):
     oh = result_size(h, up[1], down[1], padding[2:], len(f))
     ow = result_size(w, up[0], down[0], padding[:2], len(f))
     out = x.new_empty((n, c, oh, ow))
-    in_y, out_y, step_y = _tile(up[1], down[1], len(f))
-    in_x, out_x, step_x = _tile(up[0], down[0], len(f))
+    tiles = []
+    for most in (3, 2):
+        (in_y, out_y, step_y), (in_x, out_x, step_x) = (_tile(up[i], down[i], len(f), most) for i in (1, 0))
+        sides = {
+            "IN_Y": in_y,
+            "IN_X": in_x,
+            "OUT_Y": out_y,
+            "OUT_X": out_x,
+            "STEP_Y": step_y,
+            "STEP_X": step_x,
+        }
+        tiles.append((sides, triton.cdiv(oh, step_y) * triton.cdiv(ow, step_x)))
     (start_y, shift_y), (start_x, shift_x) = divmod(-padding[2], up[1]), divmod(-padding[0], up[0])
     launch_twice(
-        upfirdn2d_separable_kernel, n * c * triton.cdiv(oh, step_y) * triton.cdiv(ow, step_x), out, x,
+        upfirdn2d_separable_kernel, tiles, n * c, out, x,
         *padded_taps([f], 1.0, flip_filter, max(*up, *down), x), c, h, w, oh, ow, *x.stride(),
         start_y, start_x, shift_y, shift_x, gain, UP_Y=up[1], UP_X=up[0], DOWN_Y=down[1], DOWN_X=down[0],
-        IN_Y=in_y, IN_X=in_x, OUT_Y=out_y, OUT_X=out_x, STEP_Y=step_y, STEP_X=step_x, PRECISION=precision(x),
+        FIRST_Y=tiles[0][0]["STEP_Y"], FIRST_X=tiles[0][0]["STEP_X"], PRECISION=precision(x),
     )  # fmt: skip
     return out
 
@@ -321,11 +379,15 @@ def padded_taps(filters: list[Tensor | None], scale: float, flip_filter: bool, s
     return out, pad, size
 
 
-def launch_twice(kernel, programs, out, *args, num_warps=4, **constants):
-    """The second time with care, for the tiles in which there is NaN."""
-    nan = torch.empty(programs, dtype=torch.int8, device=out.device)
-    for careful, warps in ((False, num_warps), (True, 8)):
-        kernel[(programs,)](out, nan, *args, CAREFUL=careful, num_warps=warps, num_stages=1, **constants)
+def launch_twice(kernel, tiles, planes, out, *args, **constants):
+    """The second time with care, where there is NaN; of both times, tiles' sides, and how many a plane is."""
+    nan = torch.empty(planes * tiles[0][1], dtype=torch.int8, device=out.device)
+    for (sides, count), group in zip(tiles, (1, GROUP), strict=True):
+        count *= planes
+        warps = sides.get("num_warps", 4)
+        kernel[(triton.cdiv(count, group),)](
+            out, nan, count, *args, GROUP=group, num_stages=1, maxnreg=registers(warps), **sides, **constants
+        )
 
 
 def calls(dtype):

@@ -89,6 +89,42 @@ def test_triton_stands_above_the_others_while_it_is_chosen(monkeypatch):
     assert launch(x.double(), None, 0, "swish", 0.0, 1.4, -1.0) is NotImplemented
 
 
+@pytest.mark.triton
+def test_the_fastest_configuration_is_measured_once_for_a_class_of_shapes(monkeypatch):
+    common = importlib.import_module("fastgen.kernels.common")
+    bias_act = importlib.import_module("fastgen.kernels.bias_act")
+    measured = []
+
+    def milliseconds(call):
+        call()
+        measured.append(call)
+        return -len(measured)  # the last is the fastest
+
+    monkeypatch.setattr(common, "milliseconds", milliseconds)
+    monkeypatch.setattr(common, "fastest", {})
+    x = torch.randn(5, 700)
+    with fastgen.backend("triton"):
+        default = ops.bias_act(x, act="swish")
+        assert not measured
+        monkeypatch.setattr(common, "AUTOTUNE", True)
+        for y in (x, x[:, 1:].contiguous(), x.bfloat16()):
+            torch.testing.assert_close(
+                ops.bias_act(y, act="swish").float(),
+                ops.bias_act(y.float(), act="swish"),
+                rtol=1e-2,
+                atol=1e-2,
+            )
+        torch.testing.assert_close(ops.bias_act(x, act="swish"), default)
+    assert len(measured) == 2 * len(bias_act.CONFIGS)
+    assert list(common.fastest.values()) == [bias_act.CONFIGS[-1]] * 2
+
+
+def test_no_list_of_configurations_is_long():
+    for name in ("bias_act", "upfirdn2d", "filtered_bias_act", "sample_triplane", "render_triplane"):
+        assert len(importlib.import_module(f"fastgen.kernels.{name}").CONFIGS) <= 6
+    assert all(len(t) <= 6 for t in importlib.import_module("fastgen.kernels.styled_conv2d").TILES.values())
+
+
 def test_triton_by_the_environment():
     code = (
         "import sys, torch, fastgen\nfastgen.ops.bias_act(torch.zeros(2, 3))\n"

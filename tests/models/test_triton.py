@@ -19,7 +19,7 @@ def generator(request, small_config):
     for name, parameter in teacher.named_parameters():
         if name.endswith("noise_strength"):
             torch.nn.init.constant_(parameter, 0.1)
-    model = teacher if request.param == "teacher" else Student.from_teacher(teacher)
+    model = teacher if request.param == "teacher" else Student.from_teacher(teacher, "toy")
     return model.to(DEVICE)
 
 
