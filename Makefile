@@ -7,6 +7,8 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 # The GPU checks run where nothing can be installed too: there the checkout itself is used, with PYTHON.
 HERE = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 
+# A process for each core: the interpreter of Triton's kernels uses but one.
+INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 CHECKED := build/sanitize/lib
 
 .PHONY: demo test test-triton bench gpu fuzz sanitize lint format clean install
@@ -19,8 +21,8 @@ test: $(STAMP)
 
 # The ops' tests over Triton's kernels, interpreted on the CPU, and what the compiler makes of every kernel.
 test-triton: $(STAMP)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops tests/models/test_triton.py tests/test_kernels.py -k "triton or kernel"
-	FASTGEN_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_fuzz.py
+	$(INTERPRETED) tests/ops tests/models/test_triton.py tests/test_kernels.py -k "triton or kernel"
+	FASTGEN_BACKEND=triton $(INTERPRETED) tests/ops/test_fuzz.py
 
 bench: $(STAMP)
 	mkdir -p "$(OUT)"

@@ -1,5 +1,7 @@
 """What the compiler makes of every kernel, without a GPU: `python -m fastgen.kernels.cubins`.
 
+Prints a table of the most that each kernel takes, and says what is wrong with which configuration.
+
 Each kernel file's `calls` are made with tensors of the CPU while Triton compiles for a GPU that is not there
 and launches nothing. So what is compiled is what users run: the same signatures, the same multiples of 16,
 and every configuration of the kernels that are tuned.
@@ -164,14 +166,35 @@ def _inspect(arch: int, dtype: str, name: str, constants: dict, kernel) -> Cubin
     )
 
 
+_MOST = "registers", "stack", "shared"
+
+
+def _summary(table: list[Cubin]) -> Iterator[list]:
+    """Of every kernel, dtype and architecture: how often it was compiled, and the most that it took."""
+
+    def key(cubin):
+        return cubin.kernel, cubin.dtype, cubin.arch
+
+    for names, group in itertools.groupby(sorted(table, key=key), key):
+        cubins = list(group)
+        matrix = sorted({word for cubin in cubins for word in cubin.matrix.split()})
+        most = (max(getattr(cubin, name) for cubin in cubins) for name in _MOST)
+        yield [*names, len(cubins), *most, " ".join(matrix)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastgen.kernels.cubins", description=__doc__)
-    parser.add_argument("--csv", type=argparse.FileType("w"), default=sys.stdout, help="where the table goes")
+    parser.add_argument("--csv", type=Path, help="a file for the table of every configuration")
     file = parser.parse_args().csv
     table = compile_everything()
-    writer = csv.writer(file)
-    writer.writerow([field.name for field in dataclasses.fields(Cubin)])
-    writer.writerows(dataclasses.astuple(cubin) for cubin in table)
+    if file is not None:
+        with file.open("w", newline="") as out:
+            writer = csv.writer(out)
+            writer.writerow([field.name for field in dataclasses.fields(Cubin)])
+            writer.writerows(dataclasses.astuple(cubin) for cubin in table)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["kernel", "dtype", "arch", "compiled", *_MOST, "matrix"])
+    writer.writerows(_summary(table))
     faults = [fault for cubin in table for fault in cubin.faults()]
     print("\n".join(faults), file=sys.stderr)
     return 1 if faults else 0
