@@ -8,7 +8,7 @@ width; `decoder` is pointers to w1, b1, w2 and b2.
 import triton
 import triton.language as tl
 
-from .common import expm1, sigmoid, widened
+from .common import expm1, sigmoid, softplus, widened
 from .sample_triplane import cell, corner, projected, shares
 
 # Hidden units that are evaluated together.
@@ -16,16 +16,9 @@ UNITS = tl.constexpr(32)
 
 
 @triton.jit
-def softplus(x):
-    """log(1 + e^x)."""
-    e = tl.exp(-tl.abs(x))
-    # log(1 + e) / e between 0 and 1, to 5e-9.
-    p = 0.0198514629 - 0.00324402517 * e
-    p = 0.106036551 + e * (-0.0569595359 + e * p)
-    p = 0.196759388 + e * (-0.153055921 + e * p)
-    p = 0.333299637 + e * (-0.249541342 + e * p)
-    p = 1 + e * (-0.499999017 + e * p)
-    return tl.where(x > 0, x, 0.0) + e * p
+def quick_softplus(x):
+    """log(1 + e^x) to a few 1e-7, rather than to a few parts of it in 1e7."""
+    return tl.maximum(x, 0.0, tl.PropagateNan.ALL) + tl.log(1 + tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -86,7 +79,7 @@ def hidden(
     b1 = widened(tl.load(b1_ptr + d, d < D, 0.0))
     row = widened(tl.load(w2_ptr + d, d < D, 0.0))
     w2 = widened(tl.load(w2_ptr + (c + 1) * D + d[None, :], (c < C) & (d[None, :] < D), 0.0))
-    h = softplus(tl.dot(x, tl.trans(w1), input_precision=PRECISION) + b1[None, :])
+    h = quick_softplus(tl.dot(x, tl.trans(w1), input_precision=PRECISION) + b1[None, :])
     return h, w1, row[None, :], w2
 
 
@@ -178,21 +171,45 @@ def concatenated(x, y, S: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def ranks_of(t, valid):
-    """Where each depth of a row is when sorted, and which is where; NaN, then invalid ones, are last."""
-    i = tl.arange(0, t.shape[1])
+def keys_of(t, valid):
+    """Integers ordered like depths; those of NaN, then of invalid ones, are last."""
     bits = t.to(tl.int32, bitcast=True)
-    # As integers ordered like the numbers.
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = tl.where(valid, tl.where(t != t, 0x7FFFFFFD, key), 0x7FFFFFFE)
-    rank, order = tl.zeros(t.shape, tl.int32), tl.zeros(t.shape, tl.int32)
-    # Some at a time, for registers; sums along the middle axis stay within threads.
-    for first in range(0, t.shape[1], 32):
-        j = first + tl.arange(0, 32)[None, :]
-        # Of equal ones the first comes first.
-        least = key[:, None, :] + (j[:, :, None] < i[None, None, :]).to(tl.int32)
-        rank += tl.sum((take(key, j)[:, :, None] < least).to(tl.int32), 1)
-    for first in range(0, t.shape[1], 32):
-        j = first + tl.arange(0, 32)[None, :]
-        order += tl.sum(tl.where(take(rank, j)[:, :, None] == i[None, None, :], j[:, :, None], 0), 1)
+    return tl.where(valid, tl.where(t != t, 0x7FFFFFFD, key), 0x7FFFFFFE)
+
+
+@triton.jit
+def in_order(t, valid):
+    """Valid depths first, from small to large, then NaN; 0 behind them."""
+    key = tl.sort(keys_of(t, valid), 1)
+    t = tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+    return tl.where(key == 0x7FFFFFFE, 0.0, t)
+
+
+@triton.jit
+def merged(t, fine, S: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Where each of two sorted rows of depths, concatenated, is when sorted together; and which is where."""
+    START: tl.constexpr = BLOCK_T - fine.shape[1]
+    FEW: tl.constexpr = min(32, fine.shape[1])
+    i, k = tl.arange(0, t.shape[1])[None, :], tl.arange(0, fine.shape[1])[None, :]
+    key, key_fine = keys_of(t, i < S), keys_of(fine, k < K)
+    rank = i + tl.zeros(t.shape, tl.int32)
+    rank_fine = k + tl.zeros(fine.shape, tl.int32)
+    # Some at a time, for registers; sums along the middle axis stay within threads. Coarse ones come first.
+    for first in range(0, t.shape[1], FEW):
+        j = first + tl.arange(0, FEW)[None, :]
+        rank_fine += tl.sum((take(key, j)[:, :, None] <= key_fine[:, None, :]).to(tl.int32), 1)
+    for first in range(0, fine.shape[1], FEW):
+        j = first + tl.arange(0, FEW)[None, :]
+        rank += tl.sum((take(key_fine, j)[:, :, None] < key[:, None, :]).to(tl.int32), 1)
+    rank = concatenated(rank, rank_fine, S, BLOCK_T)
+    # Of fine ones, how many are before each place: those behind them, and the coarse ones, are not.
+    a = tl.arange(0, BLOCK_T)[None, :]
+    before = tl.zeros(rank.shape, tl.int32)
+    rank_fine = tl.where(k < K, rank_fine, BLOCK_T)
+    for first in range(0, fine.shape[1], FEW):
+        j = first + tl.arange(0, FEW)[None, :]
+        before += tl.sum((take(rank_fine, j)[:, :, None] < a[:, None, :]).to(tl.int32), 1)
+    here = tl.minimum(before + START, BLOCK_T - 1)
+    order = tl.where(take(rank, here) == a, here, tl.maximum(a - before, 0))
     return rank, order

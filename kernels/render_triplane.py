@@ -21,10 +21,11 @@ from .rays import (
     gates,
     hidden,
     importance_depths,
+    in_order,
     line_of,
     located,
     march,
-    ranks_of,
+    merged,
     sampled,
     shaded,
     take,
@@ -74,15 +75,15 @@ def render_triplane_kernel(
     else:
         k = tl.arange(0, BLOCK_K)[None, :]
         valid = given & (k < K)
-        fine = importance_depths(w, t, tl.load(u_ptr + ray * K + k, valid, 0.0), S)
+        fine = in_order(importance_depths(w, t, tl.load(u_ptr + ray * K + k, valid, 0.0), S), valid)
         sigma_fine, gate_fine = shaded(
             planes, decoder, image, origin, direction, fine, valid, FINE, COARSE,
             F, D, C, BLOCK_F, BLOCK_D, BLOCK_C,
         )  # fmt: skip
         START: tl.constexpr = BLOCK_T - BLOCK_K
         a = tl.arange(0, BLOCK_T)[None, :]
+        rank, order = merged(t, fine, S, K, BLOCK_T)
         t, sigma = concatenated(t, fine, S, BLOCK_T), concatenated(sigma, sigma_fine, S, BLOCK_T)
-        rank, order = ranks_of(t, (a < S) | (a >= START) & (a < START + K))
         t, sigma = take(t, order), take(sigma, order)
         alpha, light, _ = march(sigma, t, T)
         w = alpha * light

@@ -65,11 +65,17 @@ class FullyConnectedLayer(nn.Module):
         """The weight [O, I] and bias [O] that the layer really applies."""
         return self.weight * self.weight_gain, None if self.bias is None else self.bias * self.bias_gain
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
-        weight, bias = (None if t is None else t.to(x.dtype) for t in self.effective())
-        if self.activation == "linear":
-            return nn.functional.linear(x, weight, bias)
-        return ops.bias_act(nn.functional.linear(x, weight), bias, dim=x.ndim - 1, act=self.activation)
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:  # [..., I] -> [..., O]
+        """gain: of all that comes before the activation."""
+        weight, rows = self.weight.to(x.dtype).t(), x.reshape(-1, x.shape[-1])
+        # Gains on the way, not in a pass over the weight.
+        if self.bias is None:
+            y = rows @ weight * (self.weight_gain * gain)
+        else:
+            scales = {"alpha": self.weight_gain * gain, "beta": self.bias_gain * gain}
+            y = torch.addmm(self.bias.to(x.dtype), rows, weight, **scales)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.activation == "linear" else ops.bias_act(y, act=self.activation)
 
 
 class MappingNetwork(nn.Module):
@@ -212,7 +218,7 @@ class ToRGBLayer(nn.Module):
         self.weight_gain = 1 / math.sqrt(in_channels)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:  # [N, I, H, W], [N, w_dim] -> [N, O, H, W]
-        styles = self.affine(w) * self.weight_gain
+        styles = self.affine(w, self.weight_gain)
         return ops.modulated_conv2d(
             x, self.weight, styles, demodulate=False, bias=self.bias, clamp=self.conv_clamp
         )
