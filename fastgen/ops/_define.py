@@ -190,9 +190,14 @@ def like(y: Tensor, x: Tensor) -> Tensor:
     return y.to(x.dtype) if y.stride() == out.stride() else out.copy_(y)
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that sums are made in: float32 for 16 bits, else x's own."""
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
 def wide(x: Tensor) -> Tensor:
-    """x in the dtype that sums are made in: float32 for 16 bits, else its own."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    """x in the dtype that sums are made in."""
+    return x.to(wide_dtype(x))
 
 
 _library.define("empty_workspace() -> ()")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import define, differentiate, wide
+from ._define import define, differentiate, wide, wide_dtype
 from .bias_act import bias_act, bias_act_bwd
 from .upfirdn2d import transposed, upfirdn2d
 
@@ -103,7 +103,7 @@ def _fake(x, f, padding, *others):
 
 
 def _fake_bwd(dy, x, f, padding, flip_filter, fir_gain, scale, noise, *_):
-    (n, c), dtype = dy.shape[:2], wide(x[0].new_empty(0)).dtype
+    (n, c), dtype = dy.shape[:2], wide_dtype(x[0])
     shape = (0, 1) if noise is None else (n, noise.shape[1])
     d_noise = _empty(dy, *shape, *dy.shape[2:], dtype=dtype)
     return _empty(dy, *dy.shape), dy.new_empty(n, c, dtype=dtype), d_noise, dy.new_empty(c, dtype=dtype)

@@ -33,6 +33,7 @@ from ._define import (
     require_shape,
     require_tensor,
     wide,
+    wide_dtype,
 )
 from .bias_act import bias_act, check_act
 from .conv2d_resample import (
@@ -159,7 +160,7 @@ _modulated_weight = define(
 
 def channels_last_reference(x: Tensor, scale: Tensor | None) -> Tensor:
     """x [N, C, H, W] times scale [N, C], in channels_last."""
-    y = x if scale is None else (wide(x) * scale.to(wide(x).dtype)[:, :, None, None]).to(x.dtype)
+    y = x if scale is None else (wide(x) * scale.to(wide_dtype(x))[:, :, None, None]).to(x.dtype)
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -233,13 +234,13 @@ def _fused(
         weights = phases_of_weight(w) if phases and not records else [w]
     alpha, act_gain, clamp = check_act("modulated_conv2d", act, alpha, act_gain, clamp)
     if noise is not None:
-        noise = noise.to(wide(x).dtype).view((1,) * (4 - noise.ndim) + noise.shape)
+        noise = noise.to(wide_dtype(x)).view((1,) * (4 - noise.ndim) + noise.shape)
     tail = act, alpha, act_gain, clamp, contiguous
     f, filter_padding = None, [0] * 4
     if up > 1:
         f, filter_padding = resample_filter, padding_after_transposed(padding, kh, kw, up)
     if styled:
-        s = None if s is None else s.to(wide(x).dtype)
+        s = None if s is None else s.to(wide_dtype(x))
         if up == 1 and not _records(x, weight, styles, noise, bias):
             return styled_conv2d_act(x, *weights, s, d, noise, bias, padding, *tail)
         y = [styled_conv2d(x, *weights, s, padding, up)]

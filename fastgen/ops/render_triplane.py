@@ -19,7 +19,7 @@ from ._define import (
     require,
     require_same_device,
     require_shape,
-    wide,
+    wide_dtype,
     without_autocast,
 )
 from ._march import coarse_depths, ends, importance_depths, mean_depth, ray_limits, weights
@@ -240,7 +240,7 @@ def render_triplane(
     )  # fmt: skip
     matrix = projection(op, o["plane_axes"], o["box_warp"])
 
-    dtype = torch.promote_types(wide(planes).dtype, wide(ray_origins).dtype)
+    dtype = torch.promote_types(wide_dtype(planes), wide_dtype(ray_origins))
     origins, directions = ray_origins.to(dtype), ray_directions.to(dtype)
     start, end = o["ray_start"], o["ray_end"]
     if start == "auto":
