@@ -176,48 +176,63 @@ def render(side: int, dtype=torch.bfloat16, backward=False):
     return {kind: amount / part for kind, amount in found.items()}
 
 
+def layer(channels: int, outputs: int, side: int, up: int):
+    """A layer's launches, and what 75 % of PyTorch's bare convolution takes in ms."""
+
+    def run():
+        x = torch.empty(1, channels, side, side, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        ops.modulated_conv2d(
+            x, torch.empty(outputs, channels, 3, 3), torch.empty(1, channels), up=up, padding=1,
+            resample_filter=torch.empty(4, 4), bias=torch.empty(outputs), act="lrelu", clamp=256.0,
+        )  # fmt: skip
+
+    return traced(run), 2 * 9 * channels * outputs * side**2 / PEAKS["bfloat16"] / 0.75 * 1e3
+
+
 def main():
-    planes = 3 * 32 * 256 * 256 * 2
+    planes, pixels = 3 * 32 * 256 * 256 * 2, 128 * 512 * 512 * 2
     rows = []
 
-    def row(what, needs, target, launches=1):
-        low, high = (1e3 * (time + launches * LAUNCH) for time in seconds(needs))
-        rows.append((what, needs, low, high, target))
-
-    def copied(moved):
-        """80 % of the speed of a copy, in ms."""
-        return f"{moved / PEAKS['bytes'] / 0.8 * 1e3:.3f}"
+    def row(what, launches, target, images=1):
+        """Of launches one after the other, for each of so many images."""
+        times = [seconds(needs) for _, needs in launches]
+        low, high = (1e3 * sum(t[i] + LAUNCH for t in times) / images for i in (0, 1))
+        total = collections.Counter()
+        for _, needs in launches:
+            total.update({kind: amount / images for kind, amount in needs.items()})
+        rows.append((what, len(launches), total, low, high, target))
 
     f, b = torch.ones(4, 4), torch.zeros(128)
-    pixels = 128 * 512 * 512 * 2
     needs = of_op(lambda: ops.bias_act(images(1, 128, 64, 64), b, act="lrelu", clamp=256), 1 / 64)
-    row("bias_act 128x512x512", {**needs, "bytes": 2 * pixels}, copied(2 * pixels))
+    target = f"{2 * pixels / PEAKS['bytes'] / 0.8 * 1e3:.3f}"
+    row("bias_act 128x512x512", [("", needs | {"bytes": 2 * pixels})], target)
     needs = of_op(lambda: ops.upsample2d(images(1, 128, 32, 32), f), 1 / 64)
-    row("upsample2d 128x256x256", {**needs, "bytes": 1.25 * pixels}, copied(1.25 * pixels))
+    target = f"{1.25 * pixels / PEAKS['bytes'] / 0.8 * 1e3:.3f}"
+    row("upsample2d 128x256x256", [("", needs | {"bytes": 1.25 * pixels})], target)
+    for size in ((128, 128, 512, 1), (256, 128, 256, 2)):
+        launches, target = layer(*size)
+        row("modulated_conv2d {}->{} from {}, up {}".format(*size), launches, f"{target:.3f}")
     forward = render(8)
-    row("render_triplane 128x128, 48+48", {**forward, "bytes": planes}, "0.35")
-    row("its backward", {**render(8, backward=True), "bytes": 6 * planes}, "4 x forward", 4)
+    row("render_triplane 128x128, 48+48", [("", forward | {"bytes": planes})], "0.35")
+    row("its backward", [("", render(8, backward=True) | {"bytes": 6 * planes})], "4 x forward")
     for kind, targets in (("teacher", ("1.0", "0.6")), ("student", ("0.8", "0.5"))):
         for batch, target in zip((1, 32), targets, strict=True):
-            low = high = 0.0
-            total = {}
-            launches = model(kind, batch)
-            for name, needs in launches:
-                if name == "render_triplane":
-                    needs = {k: v * batch for k, v in forward.items()} | {"bytes": needs["bytes"]}
-                for k, v in needs.items():
-                    total[k] = total.get(k, 0) + v / batch
-                a, z = seconds(needs)
-                low, high = low + (a + LAUNCH) * 1e3 / batch, high + (z + LAUNCH) * 1e3 / batch
-            rows.append(
-                (f"{kind} 512, batch {batch}, {len(launches)} launches, an image", total, low, high, target)
-            )
+            launches = [
+                (name, {k: v * batch for k, v in forward.items()} | {"bytes": needs["bytes"]})
+                if name == "render_triplane"
+                else (name, needs)
+                for name, needs in model(kind, batch)
+            ]
+            row(f"{kind}, ffhq512, batch {batch}, an image", launches, target, batch)
     kinds = ["bytes", "loaded", "bfloat16", "tf32", "lanes", "special", "atomics"]
-    print("| bfloat16 | " + " | ".join(kinds) + " | predicted ms | target ms |")
-    print("| --- " * (len(kinds) + 3) + "|")
-    for what, needs, low, high, target in rows:
-        amounts = " | ".join(f"{needs.get(kind, 0) / 1e9:.3g} G" for kind in kinds)
-        print(f"| {what} | {amounts} | {low:.3f} to {high:.3f} | {target} |")
+    print("# An H200, PREDICTED and not measured\n")
+    print(f"bfloat16; 10^9 of each. A second's worth: {', '.join(f'{k} {v:.3g}' for k, v in PEAKS.items())};")
+    print("how that is used is in [predict.py](../predict.py), which wrote this.\n")
+    print("| | launches | " + " | ".join(kinds) + " | predicted ms | target ms |")
+    print("| --- " + "| ---: " * (len(kinds) + 3) + "|")
+    for what, count, needs, low, high, target in rows:
+        amounts = " | ".join(f"{needs[kind] / 1e9:.3g}" for kind in kinds)
+        print(f"| {what} | {count} | {amounts} | {low:.3f} to {high:.3f} | {target} |")
 
 
 if __name__ == "__main__":
