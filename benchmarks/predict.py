@@ -215,6 +215,8 @@ def main():
     forward = render(8)
     row("render_triplane 128x128, 48+48", [("", forward | {"bytes": planes})], "0.35")
     row("its backward", [("", render(8, backward=True) | {"bytes": 6 * planes})], "4 x forward")
+    # A generator renders planes that are summed in float32.
+    forward = render(8, torch.float32)
     for kind, targets in (("teacher", ("1.0", "0.6")), ("student", ("0.8", "0.5"))):
         for batch, target in zip((1, 32), targets, strict=True):
             launches = [
@@ -226,7 +228,8 @@ def main():
             row(f"{kind}, ffhq512, batch {batch}, an image", launches, target, batch)
     kinds = ["bytes", "loaded", "bfloat16", "tf32", "lanes", "special", "atomics"]
     print("# An H200, PREDICTED and not measured\n")
-    print(f"bfloat16; 10^9 of each. A second's worth: {', '.join(f'{k} {v:.3g}' for k, v in PEAKS.items())};")
+    peaks = ", ".join(f"{kind} {peak:.3g}" for kind, peak in PEAKS.items())
+    print(f"bfloat16, but for a teacher's planes; 10^9 of each. A second's worth: {peaks};")
     print("how that is used is in [predict.py](../predict.py), which wrote this.\n")
     print("| | launches | " + " | ".join(kinds) + " | predicted ms | target ms |")
     print("| --- " + "| ---: " * (len(kinds) + 3) + "|")
