@@ -2,7 +2,7 @@
 
 build       the CUDA library for this card, where nvcc is
 test-cuda   the tests marked gpu on CUDA C++, and on what serves where that has nothing
-test-triton the same with Triton's kernels before all others
+test-triton the same with Triton's kernels before all others, and whole generators on them
 sanitize    compute-sanitizer's memcheck over a few of the tests, where it is installed
 bench       every benchmark, each behind its correctness gate
 report      results/<card>.csv, a table and a plot of the newest bench
@@ -40,7 +40,8 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
     python = [sys.executable]
     parallel = ["-n", str(os.cpu_count())] if importlib.util.find_spec("xdist") and not dry_run else []
     test = [*python, "-m", "pytest", *parallel, "-p", "no:cacheprovider"]
-    gpu = ["tests/ops/test_bias_act.py"] if dry_run else ["-m", "gpu", "tests/ops", "tests/models"]
+    tests = ["tests/ops/test_bias_act.py"] if dry_run else ["tests/ops", "tests/models", "-m"]
+    cuda, both = ([], []) if dry_run else (["gpu"], ["gpu or triton"])
     sanitizer = shutil.which("compute-sanitizer")
     nvcc = shutil.which(
         "nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ['PATH']}"
@@ -58,9 +59,9 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         Step(
             "test-cuda",
             90,
-            [*test, *gpu, "-k", "cpu" if dry_run else "not triton", f"--junitxml={out}/cuda.xml"],
+            [*test, *tests, *cuda, "-k", "cpu" if dry_run else "not triton", f"--junitxml={out}/cuda.xml"],
         ),
-        Step("test-triton", 110, [*test, *gpu, "-k", "triton", f"--junitxml={out}/triton.xml"]),
+        Step("test-triton", 110, [*test, *tests, *both, "-k", "triton", f"--junitxml={out}/triton.xml"]),
         Step(
             "sanitize",
             45,

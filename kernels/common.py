@@ -12,7 +12,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # There a program takes its time for each step, whatever the size of its tile: tiles are larger.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-AUTOTUNE = os.environ.get("FASTGEN_AUTOTUNE") == "1"
+AUTOTUNE = os.environ.get("FASTGEN_AUTOTUNE") == "1" and not INTERPRETED
 fastest: dict[tuple, dict] = {}
 T = TypeVar("T")
 
@@ -23,9 +23,10 @@ def serves(*tensors: Tensor | None) -> bool:
     return all(x.dtype in FLOATS for x in given) and given[0].numel() > 0
 
 
-def precision(x: Tensor) -> str:
-    """What products of x's dtype are made in: 16 bits lose nothing in TF32, float32 would lose 13."""
-    return "tf32" if x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+def precision(x: Tensor, dtype: torch.dtype | None = None) -> str:
+    """What products of a dtype, or of x's, are made in: 16 bits fit in TF32, of float32 it would lose 13."""
+    short = (dtype or x.dtype) != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if short else "tf32x3"
 
 
 def registers(warps: int) -> int:
@@ -94,6 +95,7 @@ def tuned(key: tuple, configs: Sequence[dict], launch: Callable[[dict], T]) -> T
     The key is of shape classes, not sizes: each new one is measured once a process, and that waits for the
     device, so that no CUDA graph may be under capture; then the first serves.
     """
+    key = key, torch.cuda.current_device() if AUTOTUNE and torch.cuda.is_available() else 0
     if AUTOTUNE and key not in fastest and not _is_capturing():
         fastest[key] = min(configs, key=lambda config: milliseconds(lambda: launch(config)))
     return launch(fastest.get(key, configs[0]))
@@ -104,7 +106,10 @@ def _is_capturing() -> bool:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    return triton.testing.do_bench(call, return_mode="median")
+    try:
+        return triton.testing.do_bench(call, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
 
 
 def size_class(*sizes: int) -> tuple[int, ...]:

@@ -35,7 +35,14 @@ from .. import kernels
 from . import common
 
 ARCHS = (80, 90, 100)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "TF32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# What is compiled: every architecture in two dtypes, and one in the others, which differ little from them.
+TARGETS = [*itertools.product(ARCHS, ("float32", "bfloat16")), (90, "TF32"), (90, "float16")]
 # KiB of shared memory that a block may take.
 SHARED = {80: 163, 90: 227, 100: 227}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -125,10 +132,10 @@ def compiling(arch: int) -> Iterator[list[tuple[str, dict, triton.compiler.Compi
         driver._active = before
 
 
-def compile_everything(archs=ARCHS) -> list[Cubin]:
-    """Every kernel for every architecture and dtype, on all cores."""
+def compile_everything() -> list[Cubin]:
+    """Every kernel for every target, on all cores."""
     names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
-    jobs = list(itertools.product(sorted(names), archs, DTYPES))
+    jobs = [(name, *target) for name, target in itertools.product(sorted(names), TARGETS)]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
         return [cubin for table in pool.map(_compile, *zip(*jobs, strict=True)) for cubin in table]
@@ -137,7 +144,8 @@ def compile_everything(archs=ARCHS) -> list[Cubin]:
 def _compile(name: str, arch: int, dtype: str) -> list[Cubin]:
     torch.set_num_threads(1)
     module = importlib.import_module(f"{kernels.__name__}.{name}")
-    with compiling(arch) as made, Blind():
+    tf32 = mock.patch.object(torch.backends.cuda.matmul, "allow_tf32", dtype == "TF32")
+    with compiling(arch) as made, Blind(), tf32:
         for call in module.calls(DTYPES[dtype]) if hasattr(module, "calls") else ():
             if call() is NotImplemented:
                 raise RuntimeError(f"kernels/{name}.py does not serve one of its own calls")

@@ -1,7 +1,8 @@
 """filtered_lrelu and its gradient: tiles of the image at its higher resolution, which never leave the chip.
 
 With bands of the filters' taps as for upfirdn2d, v = U (x + b) U' and y = D a(v) D'; the gradient takes the
-bands transposed. Two-dimensional filters are not served: the op's parts run then, one after the other.
+bands transposed. v is exact to float32 for 16 bits too: at the corner of a, its sign is a gradient's factor.
+Two-dimensional filters are not served: the op's parts run then, one after the other.
 """
 
 import functools
@@ -131,13 +132,14 @@ def filtered_lrelu(x, fu, fd, b, up, down, padding, gain, slope, clamp, flip_fil
         result_size(size, up, down, p, sum(taps) - 1) for size, p in ((w, padding[:2]), (h, padding[2:]))
     )
     out, source = x.new_empty((n, c, oh, ow)), _planes(x)
-    tiles = _tiles(oh, ow, up, down, *taps, False, precision(x))
+    products = precision(x, torch.float32)
+    tiles = _tiles(oh, ow, up, down, *taps, False, products)
     (start_y, shift_y), (start_x, shift_x) = divmod(-padding[2], up), divmod(-padding[0], up)
     launch_twice(
         filtered_lrelu_kernel, tiles, n * c, out, source,
-        *padded_taps([fu, fd], float(up), flip_filter, max(up, down), x), packed(b), c, h, w, oh, ow,
-        *source.stride(), start_y, start_x, shift_y, shift_x, gain, slope, clamp,
-        CLAMPS=clamp >= 0, UP=up, DOWN=down, FIRST=tiles[0][0]["STEP"], PRECISION=precision(x),
+        *padded_taps([fu, fd], float(up), flip_filter, max(up, down), x, products), packed(b),
+        c, h, w, oh, ow, *source.stride(), start_y, start_x, shift_y, shift_x, gain, slope, clamp,
+        CLAMPS=clamp >= 0, UP=up, DOWN=down, FIRST=tiles[0][0]["STEP"], PRECISION=products,
     )  # fmt: skip
     return out.contiguous(memory_format=torch.channels_last) if channels_last(x) else out
 
@@ -148,14 +150,15 @@ def filtered_lrelu_bwd(dy, x, fu, fd, b, up, down, padding, gain, slope, clamp, 
     n, c, h, w = x.shape
     taps = _taps(fu, fd)
     dx, dy, source = x.new_empty(x.shape), _planes(dy), _planes(x)
-    tiles = _tiles(h, w, up, down, *taps, True, precision(x))
+    products = precision(x, torch.float32)
+    tiles = _tiles(h, w, up, down, *taps, True, products)
     (start_y, shift_y), (start_x, shift_x) = (divmod(padding[i] - sum(taps) + 2, down) for i in (2, 0))
     launch_twice(
         filtered_lrelu_bwd_kernel, tiles, n * c, dx, dy, source,
-        *padded_taps([fu, fd], float(up), flip_filter, max(up, down), x), packed(b), c, h, w,
+        *padded_taps([fu, fd], float(up), flip_filter, max(up, down), x, products), packed(b), c, h, w,
         *dy.shape[2:], *dy.stride(), *source.stride(), start_y, start_x, shift_y, shift_x, gain, slope, clamp,
         CLAMPS=clamp >= 0, UP=up, DOWN=down, TAPS_U=taps[0], TAPS_D=taps[1],
-        FIRST=tiles[0][0]["STEP"], PRECISION=precision(x),
+        FIRST=tiles[0][0]["STEP"], PRECISION=products,
     )  # fmt: skip
     return dx.contiguous(memory_format=torch.channels_last) if channels_last(x) else dx
 

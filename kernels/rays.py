@@ -121,8 +121,10 @@ def march(sigma, t, T: tl.constexpr):
     """alpha, light, and keep + 1e-10 of the intervals between T sorted samples; alpha is 0 behind them."""
     inside = tl.arange(0, t.shape[1])[None, :] < T - 1
     density = softplus((sigma + following(sigma)) * 0.5 - 1)
-    # 1 - e^x would keep few digits where an interval stops little, and a GPU's fast e^x still fewer.
-    alpha = tl.where(inside, -expm1(density * (t - following(t))), 0.0)
+    # 1 - e^x would keep few digits where an interval stops little, and a GPU's fast e^x still fewer. But what
+    # is 0 by that, is 0: rays that meet nothing are to be known by their weight.
+    x = density * (t - following(t))
+    alpha = tl.where(inside & ((x > 0) | (x <= -(2**-25)) | (x != x)), -expm1(x), 0.0)
     keep = tl.where(inside, 1 - alpha + 1e-10, 1.0)
     return alpha, tl.cumprod(keep, 1) / keep, keep
 
@@ -172,8 +174,8 @@ def concatenated(x, y, S: tl.constexpr, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def keys_of(t, valid):
-    """Integers ordered like depths; those of NaN, then of invalid ones, are last."""
-    bits = t.to(tl.int32, bitcast=True)
+    """Integers ordered like depths, -0 like 0; those of NaN, then of invalid ones, are last."""
+    bits = (t + 0.0).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(valid, tl.where(t != t, 0x7FFFFFFD, key), 0x7FFFFFFE)
 
@@ -202,7 +204,8 @@ def merged(t, fine, S: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr):
     for first in range(0, fine.shape[1], FEW):
         j = first + tl.arange(0, FEW)[None, :]
         rank += tl.sum((take(key_fine, j)[:, :, None] < key[:, None, :]).to(tl.int32), 1)
-    rank = concatenated(rank, rank_fine, S, BLOCK_T)
+    # Those of what is padded are nowhere, but are looked up too.
+    rank = tl.minimum(concatenated(rank, rank_fine, S, BLOCK_T), BLOCK_T - 1)
     # Of fine ones, how many are before each place: those behind them, and the coarse ones, are not.
     a = tl.arange(0, BLOCK_T)[None, :]
     before = tl.zeros(rank.shape, tl.int32)

@@ -179,6 +179,10 @@ def scatter(
         number = tl.reshape(tl.where(valid, image, -1), [M // GROUP, GROUP])
         same = (place[:, :, None] == place[:, None, :]) & (number[:, :, None] == number[:, None, :])
         n = tl.arange(0, GROUP)
+        # What is not finite is added alone, for it would reach others as 0 NaN.
+        finite = tl.sum((tl.abs(d_x) < float("inf")).to(tl.int32), 1)
+        alone = tl.reshape(finite < BLOCK_F, [M // GROUP, GROUP])
+        same &= (n[:, None] == n[None, :])[None, :, :] | ~(alone[:, :, None] | alone[:, None, :])
         later = same & (n[:, None] < n[None, :])[None, :, :]
         last &= tl.ravel(tl.sum(later.to(tl.int32), 2)) == 0
     image = tl.ravel(image * strides[0])
@@ -186,8 +190,10 @@ def scatter(
         wa, wb = shares(a, b, k)
         if REDUCE:
             share = tl.where(same, tl.reshape(wa * wb, [M // GROUP, GROUP])[:, None, :], 0.0)
-            value = tl.reshape(d_x, [M // GROUP, GROUP, BLOCK_F])
+            own = tl.ravel(alone)[:, None]
+            value = tl.reshape(tl.where(own, 0.0, d_x), [M // GROUP, GROUP, BLOCK_F])
             value = tl.reshape(tl.dot(share, value, input_precision=PRECISION), [M, BLOCK_F])
+            value = tl.where(own, (wa * wb)[:, None] * d_x, value)
         else:
             value = (wa * wb)[:, None] * d_x
         at, inside = corner(d_ptr, strides, image, i, j, f, height, width, plane, k)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRETED, narrowed, serves, size_class, tuned, widened
+from .common import INTERPRETED, narrowed, registers, serves, size_class, tuned, widened
 
 # The interpreter takes its time for each step, whatever the size of a tile: there tiles are larger.
 SCALE = 8 if INTERPRETED else 1
@@ -240,7 +240,8 @@ def sample_triplane_bwd2(
 
 
 def _served(planes, coordinates, dy=None, p=None, q=None) -> bool:
-    return serves(coordinates, planes, dy, p, q) and addressable(planes) and (p is None or addressable(p))
+    given = serves(coordinates, planes, dy, p, q) and planes.numel() > 0
+    return given and addressable(planes) and (p is None or addressable(p))
 
 
 def _sample(out, p, q, planes, coordinates, projection, mean):
@@ -253,7 +254,8 @@ def _sample(out, p, q, planes, coordinates, projection, mean):
         block_m = config["block"] // block
         sample_triplane_kernel[(triton.cdiv(n * m, block_m) * triton.cdiv(c, block),)](
             out, p, x, coordinates.contiguous(), q, tuple(projection), _strides(p), _strides(x), n * m, m,
-            c, h, w, MEAN=mean, BLOCK_M=block_m, BLOCK_C=block, num_warps=config["num_warps"],
+            c, h, w, MEAN=mean, BLOCK_M=block_m, BLOCK_C=block,
+            num_warps=config["num_warps"], maxnreg=registers(config["num_warps"]),
         )  # fmt: skip
         return out
 

@@ -1,5 +1,7 @@
 """upfirdn2d: short and two-dimensional filters tap by tap, long separable ones as products of matrices.
 
+Of channels_last images those are two passes, tap by tap, along rows and along columns.
+
 Along an axis, out[o] = sum_k c[k] x[i] over i up = o down - p0 + k. Tap by tap, only the k of o's phase are
 met, every `up`-th, so no inserted zero ever is. As a product, a tile of results is L x R' with a tile x of
 samples, the band L[o, i] = c[i up + p0 - o down], and R' like it for the other axis.
@@ -310,7 +312,8 @@ def _by_taps(x, f, up, down, padding, flip_filter, gain, last, dtype):
             start_y, start_x, shift_y, shift_x, gain, FH=fh, FW=fw,
             UP_Y=up[1], UP_X=up[0], DOWN_Y=down[1], DOWN_X=down[0],
             OUTER=f is not None and f.ndim == 1, FLIP=flip_filter,
-            BLOCK_C=block["C"], BLOCK_Y=block["Y"], BLOCK_X=block["X"], num_warps=config["num_warps"],
+            BLOCK_C=block["C"], BLOCK_Y=block["Y"], BLOCK_X=block["X"],
+            num_warps=config["num_warps"], maxnreg=registers(config["num_warps"]),
         )  # fmt: skip
         return out
 
@@ -357,14 +360,16 @@ def _by_bands(x, f, up, down, padding, flip_filter, gain):
     (start_y, shift_y), (start_x, shift_x) = divmod(-padding[2], up[1]), divmod(-padding[0], up[0])
     launch_twice(
         upfirdn2d_separable_kernel, tiles, n * c, out, x,
-        *padded_taps([f], 1.0, flip_filter, max(*up, *down), x), c, h, w, oh, ow, *x.stride(),
+        *padded_taps([f], 1.0, flip_filter, max(*up, *down), x, precision(x)), c, h, w, oh, ow, *x.stride(),
         start_y, start_x, shift_y, shift_x, gain, UP_Y=up[1], UP_X=up[0], DOWN_Y=down[1], DOWN_X=down[0],
         FIRST_Y=tiles[0][0]["STEP_Y"], FIRST_X=tiles[0][0]["STEP_X"], PRECISION=precision(x),
     )  # fmt: skip
     return out
 
 
-def padded_taps(filters: list[Tensor | None], scale: float, flip_filter: bool, step: int, x: Tensor):
+def padded_taps(
+    filters: list[Tensor | None], scale: float, flip_filter: bool, step: int, x: Tensor, products: str
+):
     """What bands of one filter or two, the first times `scale`, are read from; where c[0] is; a part's size.
 
     From one of a band's rows or columns to the next are `step` taps at most.
@@ -374,7 +379,7 @@ def padded_taps(filters: list[Tensor | None], scale: float, flip_filter: bool, s
     out = torch.empty((len(filters), 3, size), dtype=torch.float32, device=x.device)
     padded_taps_kernel[(len(filters),)](
         out, packed(filters[0]), packed(filters[-1]), taps[0], taps[-1], scale, pad, size,
-        FLIP=flip_filter, PRECISION=precision(x), BLOCK=triton.next_power_of_2(size),
+        FLIP=flip_filter, PRECISION=products, BLOCK=triton.next_power_of_2(size),
     )  # fmt: skip
     return out, pad, size
 

@@ -67,14 +67,12 @@ class FullyConnectedLayer(nn.Module):
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:  # [..., I] -> [..., O]
         """gain: of all that comes before the activation."""
-        weight, rows = self.weight.to(x.dtype).t(), x.reshape(-1, x.shape[-1])
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        bias = rows.new_zeros(1) if self.bias is None else self.bias.to(x.dtype)
         # Gains on the way, not in a pass over the weight.
-        if self.bias is None:
-            y = rows @ weight * (self.weight_gain * gain)
-        else:
-            scales = {"alpha": self.weight_gain * gain, "beta": self.bias_gain * gain}
-            y = torch.addmm(self.bias.to(x.dtype), rows, weight, **scales)
-        y = y.view(*x.shape[:-1], -1)
+        scales = {"alpha": self.weight_gain * gain, "beta": self.bias_gain * gain}
+        y = torch.addmm(bias, rows, self.weight.to(x.dtype).t(), **scales)
+        y = y.view(*x.shape[:-1], len(self.weight))
         return y if self.activation == "linear" else ops.bias_act(y, act=self.activation)
 
 

@@ -95,7 +95,9 @@ def _launcher(name: str, file: str, default: Callable) -> Callable:
     def run(*args):
         # Here and not above, so that importing fastgen does not import Triton.
         launch = getattr(importlib.import_module(f"fastgen.kernels.{file}"), name)
-        out = launch(*args)
+        # Triton launches on the current device.
+        with torch.cuda.device_of(_tensors(args)[0]):
+            out = launch(*args)
         return default(*args) if out is NotImplemented else out
 
     return run

@@ -8,7 +8,7 @@ import torch
 
 import fastgen
 from fastgen import presets
-from fastgen.models.layers import SynthesisLayer, ToRGBLayer, compute_in
+from fastgen.models.layers import FullyConnectedLayer, SynthesisLayer, ToRGBLayer, compute_in
 from fastgen.models.superresolution import SuperResolution
 from fastgen.models.teacher import Teacher
 
@@ -314,3 +314,16 @@ def test_inference_is_training_without_the_gradients(small, inputs):
     for name, image in got.items():
         assert image.is_contiguous() or name == "image_raw", name  # which is a view of feature_image
         torch.testing.assert_close(image, want[name].detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 0, 5), (0, 5), (5,), (3, 0)], ids=str)
+def test_equalised_layer(shape, bias):
+    layer = FullyConnectedLayer(shape[-1] or 1, 4, bias=bias, lr_multiplier=0.01, bias_init=2).double()
+    if shape[-1] == 0:
+        layer.weight = torch.nn.Parameter(torch.zeros(4, 0, dtype=torch.float64))
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    want = torch.nn.functional.linear(x, *layer.effective())
+    torch.testing.assert_close(layer(x), want)
+    torch.testing.assert_close(layer(x, 3.0), want * 3)
+    assert torch.autograd.gradcheck(layer, x)

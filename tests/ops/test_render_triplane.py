@@ -109,6 +109,52 @@ def canonical(scene, arguments, monkeypatch) -> list:
     return taken
 
 
+def on(device, scene, arguments):
+    scene = [x.detach().to(device).requires_grad_() for x in scene]
+    return scene, [*(x.to(device) for x in arguments[:2]), *arguments[2:]]
+
+
+@pytest.mark.parametrize("samples", [(48, 12), (96, 24), (40, 10), (5, 33)], ids=str)
+def test_numbers_of_samples(samples, device, poisoned):
+    options = dict(zip(("depth_resolution", "depth_resolution_importance"), samples, strict=True))
+    scene, arguments = on(device, *small(torch.float32, rays=3, **options))
+    got = render(scene, arguments)
+    with fastgen.backend("reference"):
+        want = render(scene, arguments)
+    for name, a, b in zip(got._fields, got, want, strict=True):
+        assert_near(a, b, RELATIVE, name)
+
+
+def test_rays_that_meet_next_to_nothing(device, poisoned):
+    """Their weight is 0, and so their depth is the farthest, where float32 cannot tell e^-x from 1."""
+    scene, arguments = small(torch.float32, depth_resolution_importance=0)
+    with torch.no_grad():
+        scene[3][0], scene[4][0] = 0, -18
+    scene, arguments = on(device, scene, arguments)
+    got = render(scene, arguments)
+    with fastgen.backend("reference"):
+        want = render(scene, arguments)
+    assert (got.weight == 0).all() and (want.weight == 0).all()
+    torch.testing.assert_close(got.depth, want.depth)
+
+
+def test_gradients_of_planes_with_one_broken_ray(device, poisoned):
+    """What is not finite stays in the cells that its ray meets."""
+    scene, arguments = on(device, *small(torch.float32, depth_resolution=8, depth_resolution_importance=6))
+    out = render(scene, arguments)
+    dy = torch.ones_like(out.features)
+    finite = []
+    for gradient in (1.0, float("inf")):
+        dy[0, 0] = gradient
+        planes = torch.autograd.grad(out.features, scene[0], dy, retain_graph=True)[0]
+        finite.append(planes.isfinite())
+    with fastgen.backend("reference"):
+        want = render(scene, arguments)
+        planes = torch.autograd.grad(want.features, scene[0], dy)[0]
+    assert finite[0].all() and not finite[1].all()
+    assert (~finite[1]).sum() <= (~planes.isfinite()).sum()
+
+
 @pytest.mark.parametrize("white_back", [False, True])
 @pytest.mark.parametrize("i", range(len(OPTIONS)))
 def test_blocks_are_the_reference(i, white_back, monkeypatch, poisoned):
