@@ -4,7 +4,8 @@ build       the CUDA library for this card, where nvcc is
 test-cuda   the tests marked gpu on CUDA C++, and on what serves where that has nothing
 test-triton the same with Triton's kernels before all others, and whole generators on them
 sanitize    compute-sanitizer's memcheck over a few of the tests, where it is installed
-bench       every benchmark, each behind its correctness gate
+bench       every benchmark, each behind its correctness gate, but for torch.compile
+compile     the benchmarks of torch.compile, which take longest to start
 report      results/<card>.csv, a table and a plot of the newest bench
 
 Each step has its own time and its own log in the folder; what a step does not finish is stopped, and the next
@@ -47,11 +48,12 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         "nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ['PATH']}"
     )
     bench = [*python, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider"]
-    small = ["--rehearse", "-k", "test_op and bias_act_swish or test_render and forward"] if dry_run else []
+    few = "and (test_op and bias_act_swish or test_render and forward)" if dry_run else ""
+    bench += ["--rehearse"] if dry_run else []
     return [
         Step(
             "build",
-            150,
+            90,
             [*python, "setup.py", "build_ext", "--inplace"],
             {"FASTGEN_CUDA": "1", "MAX_JOBS": str(os.cpu_count()), "TORCH_CUDA_ARCH_LIST": _capability()},
             "a dry run builds nothing" if dry_run else "" if nvcc else "no nvcc here",
@@ -70,8 +72,16 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             "a dry run has no device" if dry_run else "" if sanitizer else "no compute-sanitizer here",
         ),
-        Step("bench", 130, [*bench, *small, f"--benchmark-json={out}/bench.json"]),
-        Step("report", 15, [*python, "benchmarks/report.py", f"{out}/bench.json", "--out", f"{out}/results"]),
+        Step("bench", 130, [*bench, "-k", f"not compile {few}", f"--benchmark-json={out}/bench.json"]),
+        Step(
+            "compile", 60, [*bench, "-k", "compile", f"--benchmark-json={out}/compile.json"], {},
+            "a dry run compiles nothing" if dry_run else "",
+        ),
+        Step(
+            "report", 15,
+            [*python, "benchmarks/report.py", *(f"{out}/{name}.json" for name in ("bench", "compile")),
+             "--out", f"{out}/results"],
+        ),
     ]  # fmt: skip
 
 

@@ -114,7 +114,11 @@ def main() -> None:
 
     # Of a case that is in several files, the last one counts.
     names = ("op", "shape", "dtype", "layout", "route", "memory")
-    every = [row for path in args.json for row in rows(json.loads(path.read_text()))]
+    # A run that was killed leaves an empty file, or none.
+    files = [path for path in args.json if path.exists() and path.stat().st_size]
+    if not files:
+        parser.error(f"nothing was measured: {', '.join(map(str, args.json))} are empty or not there")
+    every = [row for path in files for row in rows(json.loads(path.read_text()))]
     found = list({tuple(row[name] for name in names): row for row in every}.values())
     name = args.name or re.sub(r"\W+", "-", found[0]["machine"]).strip("-").lower()
     args.out.mkdir(parents=True, exist_ok=True)
