@@ -180,7 +180,8 @@ def layer(channels: int, outputs: int, side: int, up: int):
     """A layer's launches, and what 75 % of PyTorch's bare convolution takes in ms."""
 
     def run():
-        x = torch.empty(1, channels, side, side, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        layout = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+        x = torch.empty(1, channels, side, side, **layout)
         ops.modulated_conv2d(
             x, torch.empty(outputs, channels, 3, 3), torch.empty(1, channels), up=up, padding=1,
             resample_filter=torch.empty(4, 4), bias=torch.empty(outputs), act="lrelu", clamp=256.0,
