@@ -215,6 +215,8 @@ def render_triplane_bwd_samples_kernel(
     block, unit = tl.arange(0, BLOCK_D // BLOCK), tl.arange(0, BLOCK)
     d_w1 = tl.zeros([BLOCK_D // BLOCK, BLOCK, BLOCK_F], tl.float32)
     d_w2 = tl.zeros([BLOCK_D // BLOCK, BLOCK, BLOCK_C], tl.float32)
+    d_b1, d_row = (tl.zeros([BLOCK_D // BLOCK, BLOCK], tl.float32),) * 2
+    d_b2, d_density = tl.zeros([BLOCK_C], tl.float32), 0.0
     sums_ptr += tl.program_id(0) * (D * (F + 1) + (C + 1) * (D + 1))
     d_b1_ptr, d_w2_ptr, d_b2_ptr = sums_ptr + D * F, sums_ptr + D * (F + 1), sums_ptr + D * (F + C + 2)
     for step in range(tl.program_id(0), tl.cdiv(samples, BLOCK_M), tl.num_programs(0)):
@@ -235,19 +237,21 @@ def render_triplane_bwd_samples_kernel(
         df = widened(tl.load(df_ptr + ray * C + c, valid & (c < C), 0.0))
         d_gate = (gate - gate * gate) * (2.004 * tl.load(v_ptr + sample, valid, 0.0) * df)
         d_sigma = tl.load(d_sigma_ptr + sample, valid, 0.0)
-        tl.atomic_add(d_b2_ptr + tl.arange(0, 1), tl.sum(d_sigma, 0), sem="relaxed")
-        tl.atomic_add(d_b2_ptr + 1 + c, tl.sum(d_gate, 0)[None, :], c < C, sem="relaxed")
+        d_density += tl.sum(d_sigma)
+        d_b2 += tl.sum(d_gate, 0)
         d_x = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
         for first in range(0, D, BLOCK):
             d = first + unit
             h, w1, row, w2 = hidden(decoder, x, d, PRECISION, F, D, C, BLOCK_F, BLOCK_C)
-            here = (block == first // BLOCK)[:, None, None]
-            d_w2 += tl.where(here, tl.dot(tl.trans(h), d_gate, input_precision=PRECISION)[None], 0.0)
-            tl.atomic_add(d_w2_ptr + d, tl.sum(h * d_sigma, 0), d < D, sem="relaxed")
+            here = (block == first // BLOCK)[:, None]
+            d_w2 += tl.where(
+                here[:, :, None], tl.dot(tl.trans(h), d_gate, input_precision=PRECISION)[None], 0.0
+            )
+            d_row += tl.where(here, tl.sum(h * d_sigma, 0)[None, :], 0.0)
             # The derivative of softplus is 1 - exp(-softplus).
             d_h = (tl.dot(d_gate, w2, input_precision=PRECISION) + d_sigma * row) * (1 - tl.exp(-h))
-            d_w1 += tl.where(here, tl.dot(tl.trans(d_h), x, input_precision=PRECISION)[None], 0.0)
-            tl.atomic_add(d_b1_ptr + d, tl.sum(d_h, 0), d < D, sem="relaxed")
+            d_w1 += tl.where(here[:, :, None], tl.dot(tl.trans(d_h), x, input_precision=PRECISION)[None], 0.0)
+            d_b1 += tl.where(here, tl.sum(d_h, 0)[None, :], 0.0)
             d_x = tl.dot(d_h, w1, d_x, input_precision=PRECISION)
         d_x *= 1 / 3
         for plane in range(3):
@@ -256,8 +260,12 @@ def render_triplane_bwd_samples_kernel(
                 d_planes_ptr, d_strides, planes, image, line, t, valid, d_x, f, plane, F, PRECISION, REDUCE
             )
 
-    d = (block[:, None] * BLOCK + unit[None, :])[:, :, None]
-    f, c = f[:, None, :], c[:, None, :]
+    d = block[:, None] * BLOCK + unit[None, :]
+    tl.store(d_b1_ptr + d, d_b1, d < D)
+    tl.store(d_w2_ptr + d, d_row, d < D)
+    tl.store(d_b2_ptr, d_density)
+    tl.store(d_b2_ptr + 1 + c, d_b2[None, :], c < C)
+    d, f, c = d[:, :, None], f[:, None, :], c[:, None, :]
     tl.store(sums_ptr + d * F + f, d_w1, (d < D) & (f < F))
     tl.store(d_w2_ptr + (c + 1) * D + d, d_w2, (c < C) & (d < D))
 
@@ -317,7 +325,7 @@ def render_triplane_bwd(
     d_planes = channels_last(planes)
     block_m = min(BLOCK_M, LARGEST // 2 // max(sizes["BLOCK_F"], sizes["BLOCK_C"])) * SCALE
     programs = min(PROGRAMS, triton.cdiv(n * r * s, block_m))
-    sums = depths.new_zeros(programs, d * (f + 1) + (c + 1) * (d + 1))
+    sums = depths.new_empty(programs, d * (f + 1) + (c + 1) * (d + 1))
     render_triplane_bwd_samples_kernel[(programs,)](
         d_planes, d_planes.stride(), sums, v, d_sigma, lines, df, *arrays, depths, n * r * s, r,
         PRECISION=products, REDUCE=REDUCE, S=s, BLOCK_M=block_m, **sizes, num_warps=8, num_stages=1,

@@ -9,6 +9,7 @@ from ops.checks import Case, OpChecks, exact_copy, gradients
 
 from fastgen import ops
 from fastgen._backends import is_interpreted
+from fastgen.ops import _define
 
 F12 = ops.setup_filter([1, 2, 3, 5, 7, 8, 8, 7, 5, 3, 2, 1])
 F4 = ops.setup_filter([1, 3, 3, 1])
@@ -97,6 +98,18 @@ class TestFilteredLrelu(OpChecks):
         got, want, same = gradients(got, inputs), gradients(want, exact), gradients(same, inputs)
         for name in got:
             assert_accurate(got[name], want[name], same[name], f"gradient of {name}")
+
+    @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+    def test_16_bits_decide_signs_in_float32(self, device, kind):
+        """A v that changed its sign would change its gradient by far more than rounding does."""
+        short = case("short", (2, 3, 50, 40), (3,), (12,), (12,), up=2, down=2, padding=11)
+        inputs = short.make(kind, device=device)
+        exact = exact_copy(inputs)
+        got = gradients(self.run(short, inputs), inputs)["x"].double()
+        want = gradients(self.reference(short, exact), exact)["x"].double()
+        # The reference rounds v to 16 bits.
+        allowed = 30 if _define._choice == "reference" else 6
+        assert (got - want).abs().max() <= allowed * torch.finfo(kind).eps * want.abs().max()
 
     @pytest.mark.parametrize("dims", [(1, None, None), (0, None, 1), (None, 0, None), (2, 0, 1)], ids=str)
     def test_vmap(self, device, dims):
