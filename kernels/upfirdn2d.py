@@ -348,14 +348,8 @@ def _by_bands(x, f, up, down, padding, flip_filter, gain):
     tiles = []
     for most in (3, 2):
         (in_y, out_y, step_y), (in_x, out_x, step_x) = (_tile(up[i], down[i], len(f), most) for i in (1, 0))
-        sides = {
-            "IN_Y": in_y,
-            "IN_X": in_x,
-            "OUT_Y": out_y,
-            "OUT_X": out_x,
-            "STEP_Y": step_y,
-            "STEP_X": step_x,
-        }
+        sides = {"IN_Y": in_y, "OUT_Y": out_y, "STEP_Y": step_y}
+        sides |= {"IN_X": in_x, "OUT_X": out_x, "STEP_X": step_x}
         tiles.append((sides, triton.cdiv(oh, step_y) * triton.cdiv(ow, step_x)))
     (start_y, shift_y), (start_x, shift_x) = divmod(-padding[2], up[1]), divmod(-padding[0], up[0])
     launch_twice(
