@@ -9,9 +9,19 @@ HERE = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 
 # A process for each core: the interpreter of Triton's kernels uses but one.
 INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
-CHECKED := build/sanitize/lib
 
-.PHONY: demo test test-triton bench gpu fuzz sanitize lint format clean install
+# Tests on a copy of the package that a sanitizer (GCC's) watches: folder, FASTGEN_CUDA, FASTGEN_SANITIZE, what
+# is loaded first, tests.
+define checked
+	FASTGEN_CUDA=$(2) FASTGEN_SANITIZE=$(3) $(BIN)/python setup.py build --build-base $(1) --build-lib $(1)/lib
+	rm -rf $(1)/lib/tests
+	cp -r tests pyproject.toml $(1)/lib
+	cd $(1)/lib && $(SANITIZERS) LD_PRELOAD="$(foreach lib,$(4) stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))" \
+	  $(CURDIR)/$(BIN)/python -m pytest $(5)
+endef
+SANITIZERS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=ignore_noninstrumented_modules=1
+
+.PHONY: demo test test-triton test-cuda-host test-cuda-races bench gpu fuzz sanitize lint format clean install
 
 demo: $(STAMP)
 	$(BIN)/fastgen demo --out "$(OUT)/demo"
@@ -23,6 +33,14 @@ test: $(STAMP)
 test-triton: $(STAMP)
 	$(INTERPRETED) tests/ops tests/models/test_triton.py tests/test_kernels.py -k "triton or kernel"
 	FASTGEN_BACKEND=triton $(INTERPRETED) tests/ops/test_fuzz.py
+
+# The CUDA kernels, compiled for the CPU (csrc/cuda/host.h), watched for addresses and undefined behaviour, and
+# for races.
+test-cuda-host: $(STAMP)
+	$(call checked,build/cuda-host,host,1,asan ubsan,-n auto tests/ops -k cuda-host)
+
+test-cuda-races: $(STAMP)
+	$(call checked,build/cuda-races,host,thread,tsan,tests/ops -k cuda-host)
 
 bench: $(STAMP)
 	mkdir -p "$(OUT)"
@@ -43,12 +61,7 @@ fuzz: $(STAMP)
 
 # The ops' tests on a copy of the package whose CPU library checks addresses and undefined behaviour (GCC).
 sanitize: $(STAMP)
-	FASTGEN_SANITIZE=1 FASTGEN_CUDA=0 $(BIN)/python setup.py build --build-base build/sanitize --build-lib $(CHECKED)
-	rm -rf $(CHECKED)/tests
-	cp -r tests pyproject.toml $(CHECKED)
-	cd $(CHECKED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  LD_PRELOAD="$(foreach lib,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))" \
-	  $(CURDIR)/$(BIN)/python -m pytest tests/ops
+	$(call checked,build/sanitize,0,1,asan ubsan,tests/ops)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,10 +1,12 @@
 """Package map and the two compiled libraries: fastgen._cpu, and fastgen._cuda where nvcc is found.
 
 Metadata is in pyproject.toml. The build needs no GPU and downloads nothing. Environment:
-    FASTGEN_CUDA          auto (default): build the CUDA library, or say why not; 1: or fail; 0: skip it
+    FASTGEN_CUDA          auto (default): build the CUDA library, or say why not; 1: or fail; 0: skip it;
+                          host: only a library of the CUDA kernels for the CPU (make test-cuda-host)
     CUDA_HOME             the toolkit to use; else the one that the nvcc on PATH names, else /usr/local/cuda
     TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"            MAX_JOBS  parallel compilations
-    FASTGEN_SANITIZE      1: the CPU library stops at bad addresses and undefined behaviour (make sanitize)
+    FASTGEN_SANITIZE      1: what runs on the CPU stops at bad addresses and undefined behaviour (make sanitize);
+                          thread: at races
 """
 
 import os
@@ -41,13 +43,15 @@ if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 
     sys.exit(f"fastgen needs torch >= 2.11 to build, found {torch.__version__}")
 
 CUDA = os.environ.get("FASTGEN_CUDA", "auto")
-if CUDA not in ("auto", "0", "1"):
-    sys.exit(f"FASTGEN_CUDA must be auto, 0 or 1, got {CUDA!r}")
+if CUDA not in ("auto", "0", "1", "host"):
+    sys.exit(f"FASTGEN_CUDA must be auto, 0, 1 or host, got {CUDA!r}")
 
-SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-DFASTGEN_NO_CLONES"]
-SANITIZE += ["-fsanitize=address,undefined,float-cast-overflow"]
-if os.environ.get("FASTGEN_SANITIZE") != "1":
-    SANITIZE = []
+SANITIZERS = {"": "", "0": "", "1": "address,undefined,float-cast-overflow", "thread": "thread"}
+SANITIZE = os.environ.get("FASTGEN_SANITIZE", "")
+if SANITIZE not in SANITIZERS:
+    sys.exit(f"FASTGEN_SANITIZE must be 0, 1 or thread, got {SANITIZE!r}")
+SANITIZE = [f"-fsanitize={SANITIZERS[SANITIZE]}"] if SANITIZERS[SANITIZE] else []
+CHECKED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-DFASTGEN_NO_CLONES"]
 
 
 def say(text):
@@ -72,25 +76,40 @@ def cuda_version():
     return int(release[1]), int(release[2])
 
 
-def extension(kind, name, folder, macros=()):
-    sources = ["csrc/module.cpp", *(str(path) for path in sorted(Path("csrc", folder).glob("*.c[pu]*")))]
+def for_the_host(path):
+    """A C++ file that includes a CUDA file, which a compiler would take for nvcc's."""
+    wrapper = Path("build", "cuda-host", path.stem + ".cpp")
+    wrapper.parent.mkdir(parents=True, exist_ok=True)
+    text = f'#include "cuda/{path.name}"\n'
+    if not wrapper.exists() or wrapper.read_text() != text:
+        wrapper.write_text(text)
+    return wrapper
+
+
+def extension(kind, name, folder, macros=(), wrap=lambda path: path):
+    files = [wrap(path) for path in sorted(Path("csrc", folder).glob("*.c[pu]*"))]
+    sources = ["csrc/module.cpp", *map(str, files)]
     return kind(
         name,
         sources,
-        depends=[str(path) for path in sorted(Path("csrc").rglob("*.h"))],
+        depends=[str(path) for path in sorted(Path("csrc").rglob("*.[hc]*"))],
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_TORCH), *macros],
         extra_compile_args={
-            "cxx": ["-O3", "-fvisibility=hidden", "-Wno-psabi", *SANITIZE],
+            "cxx": ["-O3", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas", *(SANITIZE and SANITIZE + CHECKED)],
             "nvcc": ["-O3", "-lineinfo"],
         },
-        extra_link_args=[flag for flag in SANITIZE if flag.startswith("-fsanitize")],
+        extra_link_args=SANITIZE,
         py_limited_api=True,
     )
 
 
-extensions = [extension(CppExtension, "fastgen._cpu", "cpu")]
-if CUDA != "0":
+if CUDA == "host":
+    macros = [("FASTGEN_CUDA_HOST", None)]
+    extensions = [extension(CppExtension, "fastgen._cuda_host", "cuda", macros, for_the_host)]
+else:
+    extensions = [extension(CppExtension, "fastgen._cpu", "cpu")]
+if CUDA in ("auto", "1"):
     try:
         release = cuda_version()
         newest = "8.0;9.0;10.0;12.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX"
@@ -116,9 +135,9 @@ def editable_mode():
 class Build(BuildExtension):
     def run(self):
         super().run()
-        if len(self.extensions) == 1:  # an earlier build's CUDA library would be loaded, or packed
+        if CUDA != "host" and len(self.extensions) == 1:  # an earlier build's CUDA library would be loaded, or packed
             for folder in (Path(self.build_lib, "fastgen"), *([Path("fastgen")] if self.inplace else [])):
-                for old in folder.glob("_cuda*.so"):
+                for old in folder.glob("_cuda.*so"):
                     say(f"removing {old}, which an earlier build left")
                     old.unlink()
 

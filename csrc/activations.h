@@ -41,7 +41,7 @@ FASTGEN_INLINE double log1p_of_fraction(double x) {
   return ::log1p(x);
 }
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(FASTGEN_CUDA_HOST)
 
 FASTGEN_INLINE float exp(float x) {
   return ::expf(x);

@@ -1,10 +1,10 @@
 """Which backends exist here, and for each that does not, why.
 
-`load` runs once, at `import fastgen`: it loads the compiled libraries that were built, and their kernels
-register themselves with the PyTorch dispatcher. A missing or unloadable library is not an error: the
-dispatcher then falls back to Triton or to the reference, and `status` keeps the exact reason. A CUDA library
-that was built for other devices than the visible ones is loaded all the same; `status` says that it is not
-usable, and its kernels raise when they are called.
+`load` runs once, at `import fastgen`: it loads the compiled libraries that were built. The CPU's kernels
+register themselves with the PyTorch dispatcher; CUDA's do so at the first call on a CUDA tensor (see
+ops/_define.py), if `status` finds that they run here. A library that is missing, cannot be loaded, or was
+built for another CUDA or for other devices is not an error: Triton or the reference serves, and `status` has
+the exact reason.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import sys
 import torch
 
 OLDEST_TORCH = (2, 11)
+OLDEST_CARD = (8, 0)  # whose kernels, C++ and Triton, are looked at: see kernels/cubins.py
 
 
 class BackendError(RuntimeError):
@@ -31,39 +32,56 @@ _reasons: dict[str, str] = {}  # backend -> why it was not loaded
 
 
 def load() -> None:
-    """Load fastgen._cpu and fastgen._cuda where they exist. Never raises on a missing or broken library."""
-    for backend in ("cpu", "cuda"):
+    """Load fastgen._cpu, _cuda and _cuda_host where they exist. Never raises on a missing or broken one."""
+    for backend in ("cpu", "cuda", "cuda-host"):
         if backend in _libraries:
             continue
         try:
             _libraries[backend] = _load_library(backend)
         except (ImportError, OSError) as error:
             _reasons[backend] = str(error)
+    if "cuda-host" in _libraries:
+        _libraries["cuda-host"].register()
 
 
 def _load_library(backend: str):
-    name = f"fastgen._{backend}"
+    name = f"fastgen._{backend.replace('-', '_')}"
     if importlib.util.find_spec(name) is None:
-        raise ImportError(
-            "not built: install with a C++ compiler present"
-            if backend == "cpu"
-            else "not built: install with nvcc present (FASTGEN_CUDA=1 shows what is wrong)"
-        )
+        raise ImportError(f"not built: {_HOW_TO_BUILD[backend]}")
     if _torch_version() < OLDEST_TORCH:
         raise ImportError(f"needs torch >= 2.11, this is {torch.__version__}")
     if backend == "cuda" and torch.version.cuda is None:
         raise ImportError(f"torch {torch.__version__} is built without CUDA")
     try:
-        return importlib.import_module(name)
+        library = importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
             f"{error} (this is torch {torch.__version__}, CUDA {torch.version.cuda})"
         ) from error
+    built = re.search(r"\bCUDA (\d+)", library.build)  # 13000 is CUDA 13.0
+    if built and int(built[1]) // 1000 != int(torch.version.cuda.split(".")[0]):
+        raise ImportError(
+            f"built for CUDA {int(built[1]) // 1000}, but torch {torch.__version__} is for CUDA"
+            f" {torch.version.cuda}"
+        )
+    return library
+
+
+_HOW_TO_BUILD = {
+    "cpu": "install with a C++ compiler present",
+    "cuda": "install with nvcc present (FASTGEN_CUDA=1 shows what is wrong)",
+    "cuda-host": "it is for tests of the CUDA kernels, and FASTGEN_CUDA=host builds it",
+}
 
 
 def compiled(backend: str) -> bool:
-    """Is the compiled library of this backend, cpu or cuda, loaded?"""
+    """Is the compiled library of this backend, cpu, cuda or cuda-host, loaded?"""
     return backend in _libraries
+
+
+def register_cuda() -> None:
+    """Have the dispatcher know the CUDA library's kernels."""
+    _libraries["cuda"].register()
 
 
 def _torch_version() -> tuple[int, ...]:
@@ -72,10 +90,10 @@ def _torch_version() -> tuple[int, ...]:
 
 def status() -> dict[str, tuple[bool, str]]:
     """Per backend: is it usable here, and where it is (usable) or why not. Asks CUDA for its devices."""
-    found = {"cpu": _library_status("cpu"), "cuda": _library_status("cuda"), "triton": _triton_status()}
+    found = {name: _library_status(name) for name in ("cpu", "cuda", "cuda-host")}
     if found["cuda"][0] and (problem := _device_problem()):
         found["cuda"] = (False, problem)
-    return found | {"reference": (True, "")}
+    return found | {"triton": _triton_status(), "reference": (True, "")}
 
 
 def _library_status(backend: str) -> tuple[bool, str]:
@@ -86,19 +104,29 @@ def _library_status(backend: str) -> tuple[bool, str]:
 
 
 def _device_problem() -> str:
-    """Why the CUDA library serves no visible device; empty if it serves one, or if that cannot be told."""
-    if not torch.cuda.is_available():
-        return "no CUDA device is visible"
+    """Why the CUDA library does not serve all visible devices; empty if it does, or if that cannot be told."""
+    devices = _capabilities()
+    if isinstance(devices, str):
+        return devices
     built = re.search(r"\bsm ([\w.+]*)", _libraries["cuda"].build)
     archs = built[1] if built else ""
+    if all(_serves(archs, device) for device in devices):
+        return ""
+    return f"built for compute capability {archs.replace('_', ', ')}; visible: {_listed(devices)}"
+
+
+def _capabilities() -> list[tuple[int, int]] | str:
+    """The visible devices', or what is wrong with them."""
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
     try:
-        devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     except RuntimeError as error:  # the driver or a device is out of order
         return f"CUDA does not start: {error}"
-    if any(_serves(archs, device) for device in devices):
-        return ""
-    found = ", ".join(f"{major}.{minor}" for major, minor in devices)
-    return f"built for compute capability {archs.replace('_', ', ')}; visible: {found}"
+
+
+def _listed(devices: list[tuple[int, int]]) -> str:
+    return ", ".join(f"{major}.{minor}" for major, minor in devices)
 
 
 def _serves(archs: str, device: tuple[int, int]) -> bool:
@@ -131,31 +159,16 @@ def is_interpreted() -> bool:
 def _triton_status() -> tuple[bool, str]:
     if not has_triton():
         return False, "triton is not installed"
-    if not (torch.cuda.is_available() or is_interpreted()):
-        return False, "no CUDA device is visible"
+    devices = [] if is_interpreted() else _capabilities()
+    if isinstance(devices, str):
+        return False, devices
+    if any(device < OLDEST_CARD for device in devices):
+        return False, f"needs compute capability {_listed([OLDEST_CARD])}; visible: {_listed(devices)}"
     how = ", interpreted" if is_interpreted() else ""
     try:
         return True, f"triton {importlib.metadata.version('triton')}{how}"
     except importlib.metadata.PackageNotFoundError:  # nightly builds come under another name
         return True, f"triton{how}"
-
-
-def served(op: str) -> dict[str, tuple[str, str]]:
-    """Per device type: the backend that calls of `op` reach, and why it cannot run, or why none is faster."""
-    registered = torch._C._dispatch_dump(f"fastgen::{op}")
-    if "CompositeImplicitAutograd" in registered:
-        return dict.fromkeys(("cpu", "cuda"), ("composed", ""))  # of other ops
-    answer, found = {}, status()
-    for device in ("cpu", "cuda"):
-        usable, reason = found[device]
-        kernel = re.search(rf"^{device.upper()}: registered at (.*)", registered, re.MULTILINE)
-        if kernel is None:
-            answer[device] = ("reference", "no kernel for this op" if device in _libraries else reason)
-        elif "csrc" in kernel[1]:
-            answer[device] = (device, "" if usable else reason)
-        else:
-            answer[device] = ("triton", found["triton"][1] * (not found["triton"][0]))
-    return answer
 
 
 def keep_memory() -> bool:

@@ -67,19 +67,14 @@ def served() -> dict[str, dict[str, dict[str, str]]]:
     from .ops import _define  # with all of them
 
     names = [n.split("::") for n in torch._C._dispatch_get_all_op_names()]
-    found = {
-        op: {device: {"backend": by, "why": why} for device, (by, why) in _backends.served(op).items()}
+    return {
+        op: {device: {"backend": by, "why": why} for device, (by, why) in _define.served(op).items()}
         for op in sorted(
             name
             for space, name in names
             if space == "fastgen" and "." not in name and name != "empty_workspace"
         )
     }
-    if _define.choice() == "reference":
-        return {
-            op: {device: {"backend": "reference", "why": "chosen"} for device in found[op]} for op in found
-        }
-    return found
 
 
 def summary() -> str:

@@ -42,8 +42,10 @@ TARGETS = [
     pytest.param(("auto", "cuda"), id="cuda", marks=pytest.mark.gpu),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
 ]
+if _backends.compiled("cuda-host"):
+    TARGETS.append(pytest.param(("cuda-host", "cpu"), id="cuda-host"))
 if _backends.is_interpreted():
-    TARGETS[-1] = pytest.param(("triton", "cpu"), id="triton")
+    TARGETS[3] = pytest.param(("triton", "cpu"), id="triton")
 
 
 @pytest.fixture(params=TARGETS)

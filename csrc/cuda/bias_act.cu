@@ -14,21 +14,11 @@ struct Job {
   T alpha, gain, clamp;
 };
 
+// The n elements from `from + i` on, and zeros.
 template <class S, int width>
-struct alignas(sizeof(S) * width) Pack {
-  S values[width];
-};
-
-template <class S, int width>
-__device__ __forceinline__ void load(const S* from, int64_t i, int n, accumulator_t<S> (&to)[width]) {
-  Pack<S, width> pack;
-  if (n == width) {
-    pack = *reinterpret_cast<const Pack<S, width>*>(from + i);
-  } else {
-    for (int j = 0; j < n; ++j) pack.values[j] = from[i + j];
-  }
-#pragma unroll
-  for (int j = 0; j < width; ++j) to[j] = j < n ? static_cast<accumulator_t<S>>(pack.values[j]) : 0;
+__device__ __forceinline__ void load_some(const S* from, int64_t i, int n, accumulator_t<S> (&to)[width]) {
+  if (n == width) return load<S, width>(from + i, to);
+  for (int j = 0; j < width; ++j) to[j] = j < n ? static_cast<accumulator_t<S>>(from[i + j]) : 0;
 }
 
 template <Activation A, int order, class T, int width>
@@ -47,7 +37,7 @@ __global__ void __launch_bounds__(threads)
   const int n = job.count - i < width ? static_cast<int>(job.count - i) : width;
 
   T v[width], g[width] = {};
-  load<S, width>(x, i, n, v);
+  load_some<S, width>(x, i, n, v);
   if (b) {
     int64_t row, rest;
     if (job.count <= 0x7fffffff) {  // 32-bit divisions are several times cheaper
@@ -69,10 +59,10 @@ __global__ void __launch_bounds__(threads)
       ++rest;
     }
   }
-  if constexpr (order >= 1) load<S, width>(dy, i, n, g);
+  if constexpr (order >= 1) load_some<S, width>(dy, i, n, g);
   if constexpr (order == 2) {
     T h[width];
-    load<S, width>(ddx, i, n, h);
+    load_some<S, width>(ddx, i, n, h);
 #pragma unroll
     for (int j = 0; j < width; ++j) g[j] *= h[j];
   }
@@ -107,36 +97,25 @@ __global__ void __launch_bounds__(threads)
       break;
   }
 
-  Pack<S, width> pack;
-#pragma unroll
-  for (int j = 0; j < width; ++j) pack.values[j] = static_cast<S>(v[j]);
-  if (n == width) {
-    *reinterpret_cast<Pack<S, width>*>(out + i) = pack;
-  } else {
-    for (int j = 0; j < n; ++j) out[i + j] = pack.values[j];
-  }
+  if (n == width) return store<S, width>(out + i, v);
+  for (int j = 0; j < n; ++j) out[i + j] = static_cast<S>(v[j]);
 }
 
 template <class S, int order, int width>
 void launch(const Launch& on, const Tensor& x, const Tensor* b, const Tensor* dy, const Tensor* ddx,
             Tensor& out, const Job<accumulator_t<S>>& job) {
-  bias_act_kernel<S, order, width><<<Launch::blocks(ceil_div(job.count, width)), threads, 0, on.stream()>>>(
-      data<S>(x), b ? data<S>(*b) : nullptr, dy ? data<S>(*dy) : nullptr, ddx ? data<S>(*ddx) : nullptr,
-      mutable_data<S>(out), job);
-  Launch::check("bias_act");
-}
-
-bool is_aligned(const Tensor* x) {
-  return !x || reinterpret_cast<uintptr_t>(x->const_data_ptr()) % 16 == 0;
+  on.run(bias_act_kernel<S, order, width>, ceil_div(ceil_div(job.count, width), threads), threads, 0,
+         data<S>(x), b ? data<S>(*b) : nullptr, dy ? data<S>(*dy) : nullptr, ddx ? data<S>(*ddx) : nullptr,
+         mutable_data<S>(out), job);
 }
 
 template <int order>
 Tensor apply(const Tensor* ddx, const Tensor* dy, const Tensor& x, const std::optional<Tensor>& b,
              int64_t dim, const std::string& act, double alpha, double gain, double clamp) {
-  const Launch on(x);
-  Tensor out = torch::stable::empty_like(x);
-  const int64_t count = x.numel();
+  const Launch on("bias_act", x);
   check_arguments(ddx, dy, x, b, dim);
+  Tensor out = on.empty_like(x);
+  const int64_t count = x.numel();
   if (!count) return out;
   const Tensor dense_x = with_layout_of(out, x);
   const Tensor dense_dy = dy ? with_layout_of(out, *dy) : x;
@@ -144,7 +123,7 @@ Tensor apply(const Tensor* ddx, const Tensor* dy, const Tensor& x, const std::op
   const Tensor dense_b = b ? torch::stable::contiguous(*b) : x;
   if (dy) dy = &dense_dy;
   if (ddx) ddx = &dense_ddx;
-  const bool aligned = is_aligned(&dense_x) && is_aligned(dy) && is_aligned(ddx) && is_aligned(&out);
+  const bool aligned = is_aligned(dense_x) && (!dy || is_aligned(*dy)) && (!ddx || is_aligned(*ddx));
   const int64_t channels = b ? x.size(dim) : 1;
   const int64_t inner = channels == 1 ? count : out.stride(dim);
 
@@ -158,7 +137,7 @@ Tensor apply(const Tensor* ddx, const Tensor* dy, const Tensor& x, const std::op
                      static_cast<T>(alpha),
                      static_cast<T>(gain),
                      static_cast<T>(clamp)};
-    const auto run = aligned ? launch<S, order, 16 / sizeof(S)> : launch<S, order, 1>;
+    const auto run = aligned ? launch<S, order, widest<S>> : launch<S, order, 1>;
     run(on, dense_x, b ? &dense_b : nullptr, dy, ddx, out, job);
   });
   return out;
@@ -182,7 +161,7 @@ Tensor bias_act_bwd2_cuda(const Tensor& ddx, const Tensor& dy, const Tensor& x,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgen, CUDA, m) {
+FASTGEN_KERNELS(m) {
   m.impl("bias_act", TORCH_BOX(&bias_act_cuda));
   m.impl("bias_act_bwd", TORCH_BOX(&bias_act_bwd_cuda));
   m.impl("bias_act_bwd2", TORCH_BOX(&bias_act_bwd2_cuda));

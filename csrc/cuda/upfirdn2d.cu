@@ -1,153 +1,274 @@
-// upfirdn2d. One thread makes one output and meets only the taps that fall on samples, never an inserted
-// zero. The filter is read through the cache: every thread of a warp wants the same tap, or one of two. A
-// separable filter takes two passes, with the sums between them kept in the accumulating type.
-#include "launch.h"
+// upfirdn2d, in one of three ways. Small filters: a thread makes a tile of outputs in registers, 16 bytes of
+// channels at a time in memory [N, H, W, C]. Separable ones: a block makes a tile of outputs, filtered along x
+// and then along y in shared memory. Any other: a thread makes one output. None of them meets an inserted zero.
+#include "fir.h"
 
 namespace fastgen {
 namespace {
 
 struct Axis {
   int up, down, pad, taps;
+  int64_t in, out;
+
+  // The first tap that falls on a sample of output `o`, and the index of that sample.
+  __device__ __forceinline__ void first(int64_t o, int& tap, int64_t& sample) const {
+    const int64_t origin = o * down - pad, rest = origin % up;
+    tap = rest > 0 ? up - static_cast<int>(rest) : static_cast<int>(-rest);
+    sample = (origin + tap) / up;
+  }
 };
 
 struct Job {
-  int64_t count, channels;  // channels is 1 in memory [N, C, H, W], and planes then counts N * C
-  int64_t height, width, out_height, out_width;
+  int64_t channels;  // 1 in memory [N, C, H, W], and images then are planes
+  int64_t images;
   Axis x, y;
-  bool flip;
-  double gain;
+  int64_t count;       // tiles, or outputs
+  int64_t tiles_x, tiles_y;
+  int shift_x, shift_y;  // of the first tile, so that tiles begin where a tap falls on a sample
+  int block_x, block_y, block_c;
 };
 
-// The first tap that falls on a sample of output `o`, and the index of that sample.
-template <class Index>
-__device__ __forceinline__ void first_tap(const Axis& axis, Index o, int& tap, Index& sample) {
-  const Index origin = o * axis.down - axis.pad;
-  Index rest = origin % axis.up;
-  if (rest < 0) rest += axis.up;
-  tap = rest ? axis.up - static_cast<int>(rest) : 0;
-  sample = (origin + tap) / axis.up;
-}
-
-// up_, down_, taps_: the same on both axes, where known when compiling; else 0.
-template <class In, class Out, class Index, int up_, int down_, int taps_>
+template <class S, int up, int down, int taps, int tile_y, int tile_x, int width>
 __global__ void __launch_bounds__(threads)
-    upfirdn2d_kernel(const In* __restrict__ in, const accumulator_t<Out>* __restrict__ filter,
-                     Out* __restrict__ out, Job job) {
-  using T = accumulator_t<Out>;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
-  if (item >= job.count) return;
-  Axis ax = job.x, ay = job.y;
-  if constexpr (taps_ != 0) {
-    ax.up = ay.up = up_;
-    ax.down = ay.down = down_;
-    ax.taps = ay.taps = taps_;
-  }
+    upfirdn2d_tile_kernel(const S* __restrict__ in, Taps<accumulator_t<S>> f, S* __restrict__ out, Job job) {
+  using T = accumulator_t<S>;
+  __shared__ T weights[taps * taps];
+  share<taps>(f, weights);
+  int64_t rest = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
+  if (rest >= job.count) return;
+  const int64_t c = split_off(rest, job.channels / width) * width;
+  const int64_t ox = split_off(rest, job.tiles_x) * tile_x - job.shift_x;
+  const int64_t oy = split_off(rest, job.tiles_y) * tile_y - job.shift_y;
+  // Exact, by the choice of shifts.
+  const int64_t left = (ox * down - job.x.pad) / up, top = (oy * down - job.y.pad) / up;
+  const S* image = in + rest * job.y.in * job.x.in * job.channels + c;
 
-  const Index channels = static_cast<Index>(job.channels), width = static_cast<Index>(job.width);
-  const Index height = static_cast<Index>(job.height);
-  Index rest = static_cast<Index>(item);
-  const Index c = rest % channels;
-  rest /= channels;
-  const Index ox = rest % static_cast<Index>(job.out_width);
-  rest /= static_cast<Index>(job.out_width);
-  const Index oy = rest % static_cast<Index>(job.out_height);
-  const Index plane = rest / static_cast<Index>(job.out_height);
-  const In* base = in + plane * height * width * channels + c;
+  T sums[tile_y][tile_x][width] = {};
+  filter_tile<up, down, taps>(
+      [&](int i, int j, T(&v)[width]) {
+        const int64_t y = top + i, x = left + j;
+        if (y < 0 || y >= job.y.in || x < 0 || x >= job.x.in) return false;
+        load<S, width>(image + (y * job.x.in + x) * job.channels, v);
+        return true;
+      },
+      weights, f.rows, f.columns, sums);
 
-  int tap_x, tap_y;
-  Index left, top;
-  first_tap(ax, ox, tap_x, left);
-  first_tap(ay, oy, tap_y, top);
-  T sum = 0;
-#pragma unroll(taps_ ? taps_ : 1)
-  for (int ky = tap_y; ky < ay.taps; ky += ay.up, ++top) {
-    if (top < 0 || top >= height) continue;
-    const T* taps = filter + (job.flip ? ky : ay.taps - 1 - ky) * ax.taps;
-    const In* row = base + top * width * channels;
-    Index sample = left;
-#pragma unroll(taps_ ? taps_ : 1)
-    for (int kx = tap_x; kx < ax.taps; kx += ax.up, ++sample) {
-      if (sample < 0 || sample >= width) continue;
-      sum += taps[job.flip ? kx : ax.taps - 1 - kx] * static_cast<T>(row[sample * channels]);
+#pragma unroll
+  for (int y = 0; y < tile_y; ++y) {
+    if (oy + y < 0 || oy + y >= job.y.out) continue;
+#pragma unroll
+    for (int x = 0; x < tile_x; ++x) {
+      if (ox + x < 0 || ox + x >= job.x.out) continue;
+      const int64_t pixel = (rest * job.y.out + oy + y) * job.x.out + ox + x;
+      store<S, width>(out + pixel * job.channels + c, sums[y][x]);
     }
   }
-  out[item] = static_cast<Out>(sum * static_cast<T>(job.gain));
 }
 
-template <class In, class Out, int up_ = 0, int down_ = 0, int taps_ = 0>
-void launch(const Launch& on, const Tensor& in, const Tensor& filter, Tensor& out, const Job& job) {
-  using T = accumulator_t<Out>;
-  const int64_t reach_x = job.out_width * job.x.down + job.x.taps + std::abs(job.x.pad);
-  const int64_t reach_y = job.out_height * job.y.down + job.y.taps + std::abs(job.y.pad);
-  const bool small = std::max({job.count, in.numel(), reach_x, reach_y}) <= 0x7fffffff;
-  const auto kernel = small ? upfirdn2d_kernel<In, Out, int32_t, up_, down_, taps_>
-                            : upfirdn2d_kernel<In, Out, int64_t, up_, down_, taps_>;
-  kernel<<<Launch::blocks(job.count), threads, 0, on.stream()>>>(data<In>(in), data<T>(filter),
-                                                                 mutable_data<Out>(out), job);
-  Launch::check("upfirdn2d");
+// The samples that `count` outputs of an axis see, at most.
+__host__ __device__ inline int64_t reach(const Axis& axis, int64_t count) {
+  return ((count - 1) * axis.down + axis.taps - 1) / axis.up + 1;
 }
 
-// The resamplings of StyleGAN have their own code: filters of 4 x 4 taps at full, double and half the size.
+// Shared: the inputs, the same filtered along x, and the taps.
 template <class S>
-void launch_2d(const Launch& on, const Tensor& in, const Tensor& filter, Tensor& out, const Job& job) {
-  const Axis &x = job.x, &y = job.y;
-  if (!std::is_same_v<S, double> && x.taps == 4 && y.taps == 4 && x.up == y.up && x.down == y.down) {
-    if (x.up == 1 && x.down == 1) return launch<S, S, 1, 1, 4>(on, in, filter, out, job);
-    if (x.up == 2 && x.down == 1) return launch<S, S, 2, 1, 4>(on, in, filter, out, job);
-    if (x.up == 1 && x.down == 2) return launch<S, S, 1, 2, 4>(on, in, filter, out, job);
+__global__ void __launch_bounds__(threads)
+    upfirdn2d_separable_kernel(const S* __restrict__ in, Taps<accumulator_t<S>> f, S* __restrict__ out, Job job) {
+  using T = accumulator_t<S>;
+  const int width = static_cast<int>(reach(job.x, job.block_x));
+  const int height = static_cast<int>(reach(job.y, job.block_y));
+  T* const inputs = shared_memory<T>();
+  T* const between = inputs + height * width * job.block_c;
+  T* const taps = between + height * job.block_x * job.block_c;
+  int64_t rest = blockIdx.x;
+  const int64_t first_c = split_off(rest, ceil_div(job.channels, job.block_c)) * job.block_c;
+  const int64_t ox = split_off(rest, job.tiles_x) * job.block_x;
+  const int64_t oy = split_off(rest, job.tiles_y) * job.block_y;
+  int tap;
+  int64_t left, top;
+  job.x.first(ox, tap, left);
+  job.y.first(oy, tap, top);
+
+  for (int k = threadIdx.x; k < f.rows; k += threads) taps[k] = f.f[f.flip ? k : f.rows - 1 - k];
+  for (int k = threadIdx.x; k < height * width * job.block_c; k += threads) {
+    const int64_t c = first_c + k % job.block_c, x = left + k / job.block_c % width;
+    const int64_t y = top + k / job.block_c / width;
+    const bool there = c < job.channels && x >= 0 && x < job.x.in && y >= 0 && y < job.y.in;
+    inputs[k] = there ? static_cast<T>(in[((rest * job.y.in + y) * job.x.in + x) * job.channels + c]) : T(0);
   }
-  launch<S, S>(on, in, filter, out, job);
+  __syncthreads();
+
+  for (int k = threadIdx.x; k < height * job.block_x * job.block_c; k += threads) {
+    const int c = k % job.block_c, x = k / job.block_c % job.block_x, y = k / job.block_c / job.block_x;
+    int64_t sample;
+    job.x.first(ox + x, tap, sample);
+    const T* from = inputs + (y * width + static_cast<int>(sample - left)) * job.block_c + c;
+    T sum = 0;
+    for (; tap < f.rows; tap += job.x.up, from += job.block_c) sum += taps[tap] * *from;
+    between[k] = sum;
+  }
+  __syncthreads();
+
+  for (int k = threadIdx.x; k < job.block_y * job.block_x * job.block_c; k += threads) {
+    const int c = k % job.block_c, x = k / job.block_c % job.block_x, y = k / job.block_c / job.block_x;
+    if (first_c + c >= job.channels || ox + x >= job.x.out || oy + y >= job.y.out) continue;
+    int64_t sample;
+    job.y.first(oy + y, tap, sample);
+    const T* from = between + (static_cast<int>(sample - top) * job.block_x + x) * job.block_c + c;
+    T sum = 0;
+    for (; tap < f.rows; tap += job.y.up, from += job.block_x * job.block_c) sum += taps[tap] * *from;
+    out[((rest * job.y.out + oy + y) * job.x.out + ox + x) * job.channels + first_c + c] =
+        static_cast<S>(sum * f.gain);
+  }
 }
+
+template <class S>
+__global__ void __launch_bounds__(threads)
+    upfirdn2d_kernel(const S* __restrict__ in, Taps<accumulator_t<S>> f, S* __restrict__ out, Job job) {
+  using T = accumulator_t<S>;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
+  if (item >= job.count) return;
+  int64_t rest = item;
+  const int64_t c = split_off(rest, job.channels);
+  const int64_t ox = split_off(rest, job.x.out), oy = split_off(rest, job.y.out);
+  const S* image = in + rest * job.y.in * job.x.in * job.channels + c;
+  int first_x, ky;
+  int64_t left, y;
+  job.x.first(ox, first_x, left);
+  job.y.first(oy, ky, y);
+  T sum = 0;
+  for (; ky < f.rows; ky += job.y.up, ++y) {
+    if (y < 0 || y >= job.y.in) continue;
+    int64_t x = left;
+    for (int kx = first_x; kx < f.columns; kx += job.x.up, ++x) {
+      if (x >= 0 && x < job.x.in) {
+        sum += f.at(ky, kx) * static_cast<T>(image[(y * job.x.in + x) * job.channels]);
+      }
+    }
+  }
+  out[item] = static_cast<S>(sum);
+}
+
+template <class S>
+struct Call {
+  using T = accumulator_t<S>;
+  const Launch& on;
+  const S* in;
+  Taps<T> f;
+  S* out;
+  Job job;
+
+  template <int up, int down, int taps, int tile, int width>
+  void run_tiles() {
+    const auto shift = [](const Axis& axis) {
+      int shift = 0;
+      while ((static_cast<int64_t>(shift) * down + axis.pad) % up) ++shift;
+      return shift;
+    };
+    // Wider than high: rows are what a warp reads.
+    constexpr int tile_y = tile, tile_x = up > 2 ? tile : 2;
+    job.shift_x = shift(job.x);
+    job.shift_y = shift(job.y);
+    job.tiles_x = ceil_div(job.x.out + job.shift_x, tile_x);
+    job.tiles_y = ceil_div(job.y.out + job.shift_y, tile_y);
+    job.count = job.images * job.tiles_y * job.tiles_x * (job.channels / width);
+    on.run(upfirdn2d_tile_kernel<S, up, down, taps, tile_y, tile_x, width>, ceil_div(job.count, threads), threads,
+           0, in, f, out, job);
+  }
+
+  // Whole packs of channels, where there are such; four rows of sixteen bytes' channels are as many sums as a
+  // thread has registers for, with filters of the higher factors half of it.
+  template <int up, int down, int taps, int tile>
+  void run_tiles_of_any_width(bool aligned) {
+    constexpr int width = up > 2 ? widest<S> / 2 : widest<S>;
+    if (aligned && job.channels % width == 0) return run_tiles<up, down, taps, tile, width>();
+    run_tiles<up, down, taps, tile, 1>();
+  }
+
+  bool run_small(bool aligned) {
+    const Axis &x = job.x, &y = job.y;
+    const int most = std::max(f.rows, f.columns);
+    if (std::is_same_v<S, double> || x.up != y.up || x.down != y.down || most > 8) return false;
+    const auto is = [&](int up, int down) { return x.up == up && x.down == down; };
+    if (most <= 4) {
+      if (is(1, 1)) return run_tiles_of_any_width<1, 1, 4, 4>(aligned), true;
+      if (is(2, 1)) return run_tiles_of_any_width<2, 1, 4, 4>(aligned), true;
+      if (is(1, 2)) return run_tiles_of_any_width<1, 2, 4, 2>(aligned), true;
+    }
+    if (is(3, 1)) return run_tiles_of_any_width<3, 1, 8, 3>(aligned), true;
+    if (is(4, 1)) return run_tiles_of_any_width<4, 1, 8, 4>(aligned), true;
+    if (is(1, 3)) return run_tiles_of_any_width<1, 3, 8, 1>(aligned), true;
+    if (is(1, 4)) return run_tiles_of_any_width<1, 4, 8, 1>(aligned), true;
+    return false;
+  }
+
+  bool run_separable() {
+    if (!f.separable) return false;
+    job.block_c = static_cast<int>(std::min<int64_t>(job.channels, 16));
+    job.block_x = job.channels == 1 ? 32 : 8;
+    job.block_y = 16;
+    const auto bytes = [&] {
+      return (reach(job.y, job.block_y) * (reach(job.x, job.block_x) + job.block_x) * job.block_c + f.rows) *
+             static_cast<int64_t>(sizeof(T));
+    };
+    while (bytes() > 48 << 10) {
+      int& side = job.block_y > job.block_x ? job.block_y : job.block_x > 1 ? job.block_x : job.block_c;
+      if (side == 1) return false;
+      side = (side + 1) / 2;
+    }
+    job.tiles_x = ceil_div(job.x.out, job.block_x);
+    job.tiles_y = ceil_div(job.y.out, job.block_y);
+    const int64_t blocks = job.images * job.tiles_y * job.tiles_x * ceil_div(job.channels, job.block_c);
+    on.run(upfirdn2d_separable_kernel<S>, blocks, threads, bytes(), in, f, out, job);
+    return true;
+  }
+
+  void run(bool aligned) {
+    if (run_small(aligned) || run_separable()) return;
+    job.count = job.images * job.y.out * job.x.out * job.channels;
+    on.run(upfirdn2d_kernel<S>, ceil_div(job.count, threads), threads, 0, in, f, out, job);
+  }
+};
 
 Tensor upfirdn2d_cuda(const Tensor& x, const std::optional<Tensor>& f, const std::vector<int64_t>& up,
                       const std::vector<int64_t>& down, const std::vector<int64_t>& padding, bool flip_filter,
                       double gain) {
-  const Launch on(x);
+  const char* op = "upfirdn2d";
+  const Launch on(op, x);
+  FASTGEN_CHECK(x.dim() == 4 && up.size() == 2 && down.size() == 2 && padding.size() == 4, op,
+                ": x, up, down or padding has a wrong number of dimensions");
   const bool channels_last = is_channels_last(x);
   const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
   const Tensor in = channels_last ? x : torch::stable::contiguous(x);
-  const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor filter = f ? torch::stable::contiguous(torch::stable::to(*f, wide))
-                          : torch::stable::full({1, 1}, 1.0, wide, std::nullopt, x.device());
-  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
-  const int64_t columns = filter.size(filter.dim() - 1), rows = filter.size(0);
-  const int64_t out_w = (W * up[0] + padding[0] + padding[1] - columns) / down[0] + 1;
-  const int64_t out_h = (H * up[1] + padding[2] + padding[3] - rows) / down[1] + 1;
-  Tensor out = empty(x, {N, C, out_h, out_w}, format);
-  if (!out.numel()) return out;
-
-  const auto axis = [](int64_t up, int64_t down, int64_t pad, int64_t taps) {
-    for (int64_t value : {up, down, pad, taps}) {
-      FASTGEN_CHECK(std::abs(value) < (1 << 30),
-                    "upfirdn2d: up, down, padding or filter is too large: ", value);
+  const int64_t N = x.size(0), C = x.size(1);
+  const auto axis = [&](int i, int64_t size, int64_t taps) {
+    for (int64_t value : {up[i], down[i], padding[2 * i], taps}) {
+      FASTGEN_CHECK(std::abs(value) < (1 << 30), op, ": up, down, padding or f is too large: ", value);
     }
-    return Axis{static_cast<int>(up), static_cast<int>(down), static_cast<int>(pad), static_cast<int>(taps)};
+    FASTGEN_CHECK(up[i] > 0 && down[i] > 0, op, ": up and down must be at least 1");
+    const int64_t out = (size * up[i] + padding[2 * i] + padding[2 * i + 1] - taps) / down[i] + 1;
+    return Axis{static_cast<int>(up[i]),          static_cast<int>(down[i]), static_cast<int>(padding[2 * i]),
+                static_cast<int>(taps), size, out};
   };
-  const Axis ax = axis(up[0], down[0], padding[0], columns), ay = axis(up[1], down[1], padding[2], rows);
-  const Axis none{1, 1, 0, 1};
-  const int64_t channels = channels_last ? C : 1;
-
-  if (filter.dim() == 2) {
-    const Job job{out.numel(), channels, H, W, out_h, out_w, ax, ay, flip_filter, gain};
-    dispatch("upfirdn2d", x.scalar_type(),
-             [&](auto zero) { launch_2d<decltype(zero)>(on, in, filter, out, job); });
-    return out;
-  }
-  Tensor between = torch::stable::empty(std::vector<int64_t>{N, C, H, out_w}, wide, std::nullopt, x.device(),
-                                        std::nullopt, format);
-  const Job along_x{between.numel(), channels, H, W, H, out_w, ax, none, flip_filter, 1.0};
-  const Job along_y{out.numel(), channels, H, out_w, out_h, out_w, none, ay, flip_filter, gain};
-  dispatch("upfirdn2d", x.scalar_type(), [&](auto zero) {
+  Job job{};
+  job.channels = channels_last ? C : 1;
+  job.images = channels_last ? N : N * C;
+  job.x = axis(0, x.size(3), f ? f->size(f->dim() - 1) : 1);
+  job.y = axis(1, x.size(2), f ? f->size(0) : 1);
+  Tensor out = on.empty(x, {N, C, job.y.out, job.x.out}, x.scalar_type(), format);
+  if (!out.numel()) return out;
+  dispatch(op, x.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
-    launch<S, accumulator_t<S>>(on, in, filter, between, along_x);
-    launch<accumulator_t<S>, S>(on, between, filter, out, along_y);
+    Tensor keep = out;
+    const auto taps = taps_of<accumulator_t<S>>(op, f, flip_filter, gain, keep);
+    Call<S>{on, data<S>(in), taps, mutable_data<S>(out), job}.run(is_aligned(in));
   });
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgen, CUDA, m) {
+FASTGEN_KERNELS(m) {
   m.impl("upfirdn2d", TORCH_BOX(&upfirdn2d_cuda));
 }
 

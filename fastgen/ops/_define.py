@@ -17,15 +17,18 @@ whatever was built:
         return _op(x)
 
 C++ and Triton kernels register for the CPU and CUDA keys of the same name, and the PyTorch dispatcher prefers
-them to the reference; on a CUDA device Triton serves what C++ does not. An op without fake and backward is
-composed of other ops (CompositeImplicitAutograd).
+them to the reference. Those for CUDA do so at the first call on a CUDA tensor, which may ask what devices
+there are, as an import must not: `cuda_plan` says what serves, by status and TRITONS. An op without fake and
+backward is composed of other ops (CompositeImplicitAutograd).
 """
 
+import contextlib
 import functools
 import importlib
 import os
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,10 +38,43 @@ from .. import _backends
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+
+# The ops of the CUDA library. Where Triton has the op too C++ serves, but for calls with arguments for which
+# the function here is true. Reasoned, not measured: most of them are bound by memory, which C++ reads in 16 bytes
+# a thread, and it adds up gradients of planes in a block before it does so in memory; but filtered_lrelu's
+# filters are matrix products on tensor cores in Triton, and C++ has code of its own for few of them.
+
+
+def _suits_triton(x, fu, fd, b, up, down, *_) -> bool:
+    taps = [f.numel() if f is not None and f.ndim == 1 else 0 for f in (fu, fd)]
+    own_code = (up, down) in ((2, 2), (4, 2)) and taps == [6 * up, 6 * down]
+    return not own_code and x.dtype != torch.float64 and max(up, down) <= 4 and max(taps) <= 24
+
+
+CUDA: dict[str, Callable[..., bool] | None] = {
+    "upfirdn2d": None,
+    "bias_act": None,
+    "bias_act_bwd": None,
+    "bias_act_bwd2": None,
+    "filtered_lrelu": _suits_triton,
+    "filtered_lrelu_bwd": lambda dy, *rest: _suits_triton(*rest),
+    "filtered_bias_act": None,
+    "filtered_bias_act_bwd": None,
+    "sample_triplane": None,
+    "sample_triplane_bwd": None,
+    "sample_triplane_bwd2": None,
+}
+
 _library = torch.library.Library("fastgen", "DEF")
-# Launchers of Triton kernels; and, while the backend is "triton", their registrations above all others.
-_triton_ops: dict[str, Callable] = {}
-_triton_first: torch.library.Library | None = None
+# The schemas again, for the CUDA kernels compiled for the CPU.
+_host_library = torch.library.Library("fastgen_cuda_host", "DEF")
+_defaults: dict[str, Callable] = {}  # what runs an op where no kernel does
+_launchers: dict[str, Callable] = {}  # of Triton kernels
+# Kernels that a backend puts above all others while it is chosen: by backend, dispatch key and op.
+_first: dict[str, dict[str, dict[str, Callable]]] = {}
+_in_front: torch.library.Library | None = None
+_settling = threading.RLock()
+_settled: dict[str, tuple[str, str]] | None = None
 
 
 def define(
@@ -62,6 +98,7 @@ def define(
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _host_library.define(schema)
     overload = getattr(torch.ops.fastgen, name).default
     if fake is None:
         plain = reference
@@ -71,12 +108,14 @@ def define(
         default = _fresh(without_autocast(kernel or reference))
         _library.impl(name, default, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
-    if triton is not None and _backends.has_triton():
-        _triton_ops[name] = _launcher(name, triton, default)
-        if not _has_kernel(name, "CUDA"):
-            _library.impl(name, _triton_ops[name], "CUDA")
-        if _triton_first is not None:
-            _register_first(name)
+        _defaults[name] = default
+        _library.impl(name, _first_cuda_call(name), "CUDA")
+        if triton is not None and _backends.has_triton():
+            _launchers[name] = _launcher(name, triton, default)
+            for key in ["CUDA", "CPU"] if _backends.is_interpreted() else ["CUDA"]:
+                _put_first("triton", key, name, _launchers[name])
+        if _has_kernel(name, "CPU", "fastgen_cuda_host"):
+            _put_first("cuda-host", "CPU", name, getattr(torch.ops.fastgen_cuda_host, name).default)
     if backward is not None:
         torch.library.register_autograd(
             f"fastgen::{name}", backward, setup_context=setup_context, lib=_library
@@ -103,13 +142,105 @@ def _launcher(name: str, file: str, default: Callable) -> Callable:
     return run
 
 
-def _has_kernel(name: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{name}", key)
+def _first_cuda_call(name: str) -> Callable:
+    def run(*args):
+        by, why = settle_cuda()[name]
+        if name in CUDA and by != "cuda":
+            _warn_once(f"fastgen: no CUDA C++ kernels: {why}. {by.capitalize()} serves instead.")
+        # Anew, to what is registered now.
+        return _defaults[name](*args) if by == "reference" else getattr(torch.ops.fastgen, name)(*args)
+
+    return run
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def cuda_plan() -> dict[str, tuple[str, str]]:
+    """By op: what serves CUDA tensors (cuda, triton or reference), and why nothing better does.
+
+    Asks CUDA for its devices.
+    """
+    found, plan = _backends.status(), {}
+    for name in _defaults:
+        why = [found[by][1] for by, ops in (("cuda", CUDA), ("triton", _launchers)) if name in ops]
+        if name in CUDA and found["cuda"][0]:
+            plan[name] = "cuda", ""
+        elif name in _launchers and found["triton"][0]:
+            plan[name] = "triton", why[0] if name in CUDA else ""
+        else:
+            plan[name] = "reference", "; ".join(dict.fromkeys(why)) or "no kernel for this op"
+    return plan
+
+
+def settle_cuda() -> dict[str, tuple[str, str]]:
+    """Register what serves CUDA tensors, once; the plan."""
+    global _settled
+    with _settling:
+        if _settled is None:
+            plan = cuda_plan()
+            kernels = {name: _launchers[name] for name, (by, _) in plan.items() if by == "triton"}
+            with _overriding():
+                if any(by == "cuda" for by, _ in plan.values()):
+                    _backends.register_cuda()
+                    if _backends.status()["triton"][0]:
+                        kernels |= {name: _either(name) for name, other in CUDA.items() if other is not None}
+                for name, kernel in kernels.items():
+                    _library.impl(name, kernel, "CUDA", allow_override=True)
+            _settled = plan
+            _use(_choice)  # what that puts first has to be above these
+        return _settled
+
+
+def _either(name: str) -> Callable:
+    """Triton or C++, by the table."""
+    cuda = torch.library.get_kernel(f"fastgen::{name}", "CUDA")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+    def run(*args):
+        return _launchers[name](*args) if CUDA[name](*args) else cuda.call_boxed(keys, *args)
+
+    return run
+
+
+@contextlib.contextmanager
+def _overriding() -> Iterator[None]:
+    """PyTorch warns of a kernel above another, though it is allowed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        yield
 
 
 def has_kernel(name: str, x: Tensor) -> bool:
-    """Does the op run on a kernel, C++ or Triton, where x is?"""
-    return x.device.type in ("cpu", "cuda") and _has_kernel(name, x.device.type.upper())
+    """Is there a kernel, C++ or Triton, for the op where x is? (It may yet not run on a card that is too old.)"""
+    if x.device.type == "cuda":
+        return name in _launchers or (name in CUDA and _backends.compiled("cuda"))
+    return x.device.type == "cpu" and _has_kernel(name, "CPU")
+
+
+def _has_kernel(name: str, key: str, space: str = "fastgen") -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{space}::{name}", key)
+
+
+def served(op: str) -> dict[str, tuple[str, str]]:
+    """Per device type: the backend that calls of `op` reach, and why nothing better is there."""
+    if op not in _defaults:
+        return dict.fromkeys(("cpu", "cuda"), ("composed", ""))  # of other ops
+    if _choice == "reference":
+        return dict.fromkeys(("cpu", "cuda"), ("reference", "chosen"))
+    plan = {"cpu": _served_on_cpu(op), "cuda": cuda_plan()[op]}
+    if _choice == "triton" and op in _launchers:
+        plan["cuda"] = "triton", ""
+    return plan
+
+
+def _served_on_cpu(op: str) -> tuple[str, str]:
+    if op in _first.get(_choice, {}).get("CPU", {}):
+        return _choice, ""
+    usable, why = _backends.status()["cpu"]
+    return ("cpu", "") if _has_kernel(op, "CPU") else ("reference", "no kernel for this op" if usable else why)
 
 
 def _tensors(args: Sequence) -> list[Tensor]:
@@ -217,7 +348,7 @@ def empty_workspace() -> None:
 # The backend.
 
 
-_NAMES = ("auto", "cpu", "cuda", "triton", "reference")
+_NAMES = ("auto", "cpu", "cuda", "triton", "cuda-host", "reference")
 
 
 def _check_choice(name: str) -> str:
@@ -238,9 +369,10 @@ class backend:
     reference  plain PyTorch; what it records for autograd stays so, wherever it is differentiated
     triton     as auto, but an op that has a Triton kernel runs that: on a CUDA device, and, where the
                environment has TRITON_INTERPRET=1, on the CPU, by Triton's interpreter
+    cuda-host  as auto, but on the CPU an op that has a CUDA kernel runs that, compiled for the CPU: for tests
     cpu, cuda  as auto
-               These three raise where the library, or Triton, is not usable. The place of its tensors
-               still says where an op runs, and one without such a kernel runs what it has.
+               These four raise where the library, or Triton, is not usable. The place of its tensors still
+               says where an op runs, and one without such a kernel runs what it has.
     At the start it is the environment's FASTGEN_BACKEND, or auto.
     Raises: RuntimeError where the backend is missing, with the reason; ValueError on another name.
     """
@@ -257,23 +389,27 @@ class backend:
 
 
 def _use(name: str) -> None:
-    global _choice, _triton_first
-    if (name == "triton") != (_triton_first is not None):
-        if _triton_first is not None:
-            _triton_first._destroy()
-        _triton_first = torch.library.Library("fastgen", "IMPL") if name == "triton" else None
-        for op in _triton_ops if name == "triton" else ():
-            _register_first(op)
+    global _choice, _in_front
+    if _in_front is not None:
+        _in_front._destroy()  # and what was below is there again
+        _in_front = None
     _choice = name
+    for key, kernels in _first.get(name, {}).items():
+        for op, kernel in kernels.items():
+            _register_first(key, op, kernel)
 
 
-def _register_first(op: str) -> None:
-    """Above the C++ kernel, which is there again when this registration goes."""
-    with warnings.catch_warnings():
-        # PyTorch 2.11 warns of what was allowed.
-        warnings.filterwarnings("ignore", "Warning only once for all operators")
-        for key in ["CUDA", "CPU"] if _backends.is_interpreted() else ["CUDA"]:
-            _triton_first.impl(op, _triton_ops[op], key, allow_override=True)
+def _put_first(backend: str, key: str, op: str, kernel: Callable) -> None:
+    _first.setdefault(backend, {}).setdefault(key, {})[op] = kernel
+    if backend == _choice:
+        _register_first(key, op, kernel)
+
+
+def _register_first(key: str, op: str, kernel: Callable) -> None:
+    global _in_front
+    _in_front = _in_front or torch.library.Library("fastgen", "IMPL")
+    with _overriding():
+        _in_front.impl(op, kernel, key, allow_override=True)
 
 
 _use(_check_choice(os.environ.get("FASTGEN_BACKEND") or "auto"))

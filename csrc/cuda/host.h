@@ -1,0 +1,142 @@
+// The kernels of this folder on the CPU: what they need of CUDA, so that a C++ compiler takes the same files.
+// Blocks run one after the other; the threads of a block are real ones and all there at once, so that
+// __syncthreads, shuffles, shared memory and races are what they are on a GPU. The library is for tests:
+// FASTGEN_CUDA=host builds it, FASTGEN_BACKEND=cuda-host runs it.
+#pragma once
+#include <pthread.h>
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+#include "common.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+namespace fastgen {
+
+struct Index {
+  unsigned x;
+};
+inline thread_local Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace host {
+
+class Barrier {
+ public:
+  explicit Barrier(int threads) { pthread_barrier_init(&barrier_, nullptr, threads); }
+  ~Barrier() { pthread_barrier_destroy(&barrier_); }
+  void wait() { pthread_barrier_wait(&barrier_); }
+
+ private:
+  pthread_barrier_t barrier_;
+};
+
+constexpr int warp = 32;
+
+// The block that runs.
+struct Block {
+  explicit Block(int threads, int64_t bytes)
+      : all(threads), bytes(bytes), shared(static_cast<unsigned char*>(std::malloc(bytes))), at(threads) {
+    for (int first = 0; first < threads; first += warp) {
+      warps.push_back(std::make_unique<Barrier>(std::min(warp, threads - first)));
+    }
+    for (auto& kinds : kind) kinds.resize(threads);
+  }
+  ~Block() { std::free(shared); }
+
+  // All threads must come to the same place: a __syncthreads, or the end. What they say is kept for two
+  // turns, since none can be further ahead.
+  void meet(int what) {
+    const unsigned t = threadIdx.x, turn = turns++ % 2;
+    kind[turn][t] = what;
+    all.wait();
+    if (kind[turn][(t + 1) % blockDim.x] == what) return;
+    std::fputs("a __syncthreads that not all threads of the block reach\n", stderr);
+    std::abort();
+  }
+
+  Barrier all;
+  std::vector<std::unique_ptr<Barrier>> warps;
+  const int64_t bytes;
+  unsigned char* const shared;                // just as long as was asked for, so that a sanitizer sees more
+  std::vector<std::array<uint64_t, 2>> at;  // what threads show their warp
+  std::vector<int> kind[2];
+  static inline thread_local unsigned turns;
+};
+
+inline Block* block = nullptr;
+inline std::mutex launching;
+
+enum { syncing, ending, starting };
+
+// Runs body() in `blocks` blocks of `threads` threads that share so many bytes.
+template <class Body>
+void run(int64_t blocks, int threads, int64_t bytes, const Body& body) {
+  std::lock_guard<std::mutex> lock(launching);
+  Block now(threads, bytes);
+  block = &now;
+  std::vector<std::thread> pool;
+  for (int t = 0; t < threads; ++t) {
+    pool.emplace_back([&, t] {
+      threadIdx = {static_cast<unsigned>(t)};
+      blockDim = {static_cast<unsigned>(threads)};
+      gridDim = {static_cast<unsigned>(blocks)};
+      for (int64_t b = 0; b < blocks; ++b) {
+        blockIdx = {static_cast<unsigned>(b)};
+        if (bytes) {
+          if (t == 0) std::memset(now.shared, 0xff, bytes);  // NaN: nothing is there before it is written
+          now.meet(starting);
+        }
+        body();
+        now.meet(ending);
+      }
+    });
+  }
+  for (auto& thread : pool) thread.join();
+  block = nullptr;
+}
+
+template <class T>
+T shown_by(T value, unsigned lane) {
+  static_assert(sizeof(T) <= sizeof(block->at[0]));
+  const unsigned first = threadIdx.x / warp * warp;
+  Barrier& own = *block->warps[first / warp];
+  std::memcpy(&block->at[threadIdx.x], &value, sizeof(T));
+  own.wait();
+  if (first + lane < blockDim.x) std::memcpy(&value, &block->at[first + lane], sizeof(T));
+  own.wait();
+  return value;
+}
+
+}  // namespace host
+
+inline void __syncthreads() {
+  host::block->meet(host::syncing);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int lanes) {
+  return host::shown_by(value, threadIdx.x % host::warp ^ static_cast<unsigned>(lanes));
+}
+
+// Of float and double.
+template <class T>
+T atomicAdd(T* to, T value) {
+  T before, after;
+  __atomic_load(to, &before, __ATOMIC_RELAXED);
+  do {
+    after = before + value;
+  } while (!__atomic_compare_exchange(to, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return before;
+}
+
+}  // namespace fastgen
