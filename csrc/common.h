@@ -143,7 +143,7 @@ std::vector<T> host_vector(const char* op, const Tensor& x) {
   return values;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
+FASTGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
