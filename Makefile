@@ -21,7 +21,7 @@ define checked
 endef
 SANITIZERS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=ignore_noninstrumented_modules=1
 
-.PHONY: demo test test-triton test-cuda-host test-cuda-races bench gpu fuzz sanitize lint format clean install
+.PHONY: demo test test-triton test-cuda-host test-cuda-races wheel test-wheel bench gpu fuzz sanitize lint format clean install
 
 demo: $(STAMP)
 	$(BIN)/fastgen demo --out "$(OUT)/demo"
@@ -41,6 +41,25 @@ test-cuda-host: $(STAMP)
 
 test-cuda-races: $(STAMP)
 	$(call checked,build/cuda-races,host,thread,tsan,tests/ops -k cuda-host)
+
+# One for every Python from 3.10 on and every torch from 2.11 on; PyTorch's libraries stay PyTorch's.
+wheel: $(STAMP)
+	rm -rf build/wheel dist/*.whl
+	FASTGEN_CUDA=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude "libc10*" --exclude "libtorch*" --exclude "libcuda*" \
+	  --wheel-dir dist build/wheel/*.whl
+	ls -l dist/*.whl
+
+# In new environments: the tests of the ops on the CPU, with the oldest and the newest torch.
+PYTHONS := python3.10 python3.13
+test-wheel:
+	rm -rf build/wheel-test
+	mkdir -p build/wheel-test
+	cp -r tests pyproject.toml build/wheel-test
+	cd build/wheel-test && set -e; for python in $(PYTHONS); do for torch in "torch==2.11.*" torch; do \
+	  $$python -m venv --clear env; env/bin/python -m pip install -q "$$torch" $(CURDIR)/dist/*.whl pytest hypothesis scipy; \
+	  env/bin/python -c "import torch, fastgen; print(torch.__version__, fastgen.__file__)"; \
+	  env/bin/python -m pytest tests/ops -k "cpu"; done; done
 
 bench: $(STAMP)
 	mkdir -p "$(OUT)"

@@ -51,7 +51,14 @@ SANITIZE = os.environ.get("FASTGEN_SANITIZE", "")
 if SANITIZE not in SANITIZERS:
     sys.exit(f"FASTGEN_SANITIZE must be 0, 1 or thread, got {SANITIZE!r}")
 SANITIZE = [f"-fsanitize={SANITIZERS[SANITIZE]}"] if SANITIZERS[SANITIZE] else []
-CHECKED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-DFASTGEN_NO_CLONES"]
+CHECKED = [
+    *SANITIZE,
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fno-sanitize-recover=all",
+    "-DFASTGEN_NO_CLONES",
+]
 
 
 def say(text):
@@ -96,14 +103,21 @@ def extension(kind, name, folder, macros=(), wrap=lambda path: path):
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_TORCH), *macros],
         extra_compile_args={
-            "cxx": ["-O3", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas", *(SANITIZE and SANITIZE + CHECKED)],
-            "nvcc": ["-O3", "-lineinfo"],
+            "cxx": [
+                "-O3",
+                "-fvisibility=hidden",
+                "-Wno-psabi",
+                "-Wno-unknown-pragmas",
+                *(CHECKED if SANITIZE else ["-g0"]),
+            ],
+            "nvcc": ["-O3", "-lineinfo", *SMALL],
         },
         extra_link_args=SANITIZE,
         py_limited_api=True,
     )
 
 
+SMALL = []  # what makes binaries smaller
 if CUDA == "host":
     macros = [("FASTGEN_CUDA_HOST", None)]
     extensions = [extension(CppExtension, "fastgen._cuda_host", "cuda", macros, for_the_host)]
@@ -112,7 +126,8 @@ else:
 if CUDA in ("auto", "1"):
     try:
         release = cuda_version()
-        newest = "8.0;9.0;10.0;12.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX"
+        newest = "8.0;8.6;8.9;9.0;10.0;12.0+PTX" if release >= (12, 8) else "8.0;8.6;8.9;9.0+PTX"
+        SMALL = ["--compress-mode=size"] if release >= (12, 8) else []
         archs = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or newest
         macros = [("USE_CUDA", None), ("FASTGEN_ARCHS", re.sub(r"[;,\s]+", "_", archs.strip()))]
         extensions.append(extension(CUDAExtension, "fastgen._cuda", "cuda", macros))
@@ -135,7 +150,9 @@ def editable_mode():
 class Build(BuildExtension):
     def run(self):
         super().run()
-        if CUDA != "host" and len(self.extensions) == 1:  # an earlier build's CUDA library would be loaded, or packed
+        if (
+            CUDA != "host" and len(self.extensions) == 1
+        ):  # an earlier build's CUDA library would be loaded, or packed
             for folder in (Path(self.build_lib, "fastgen"), *([Path("fastgen")] if self.inplace else [])):
                 for old in folder.glob("_cuda.*so"):
                     say(f"removing {old}, which an earlier build left")

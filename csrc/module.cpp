@@ -61,8 +61,8 @@ static PyMethodDef methods[] = {{}};
 }  // namespace fastgen
 
 PyMODINIT_FUNC JOIN(PyInit_, TORCH_EXTENSION_NAME)() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, STRING(TORCH_EXTENSION_NAME), nullptr, -1, fastgen::methods};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, STRING(TORCH_EXTENSION_NAME), nullptr, -1,
+                                   fastgen::methods};
   PyObject* module = PyModule_Create(&definition);
   if (module && PyModule_AddStringConstant(module, "build", fastgen::build) < 0) return nullptr;
   return module;

@@ -104,7 +104,7 @@ def _library_status(backend: str) -> tuple[bool, str]:
 
 
 def _device_problem() -> str:
-    """Why the CUDA library does not serve all visible devices; empty if it does, or if that cannot be told."""
+    """Why the CUDA library does not serve all visible devices; empty if it does or that cannot be told."""
     devices = _capabilities()
     if isinstance(devices, str):
         return devices

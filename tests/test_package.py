@@ -1,19 +1,23 @@
 """The package as it installs and imports: what it holds, what loads, what happens where parts are missing."""
 
 import ast
+import importlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import tarfile
 import types
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastgen
-from fastgen import _backends, ops  # noqa: F401  (ops defines the ops)
+from fastgen import _backends
+from fastgen.ops import _define
 
 ROOT = Path(__file__).parents[1]
 COMPILED = (
@@ -41,14 +45,14 @@ def test_cpu_library_serves_its_ops():
     usable, where = _backends.status()["cpu"]
     assert usable, where
     for op in COMPILED:
-        assert _backends.served(op)["cpu"] == ("cpu", "")
-    assert _backends.served("grid_sample")["cpu"][0] == "reference"
-    assert _backends.served("modulated_conv2d")["cpu"][0] == "composed"
+        assert _define.served(op)["cpu"] == ("cpu", "")
+    assert _define.served("grid_sample")["cpu"][0] == "reference"
+    assert _define.served("modulated_conv2d")["cpu"][0] == "composed"
 
 
 def test_status_gives_a_reason_for_what_is_missing():
     found = _backends.status()
-    assert set(found) == {"cpu", "cuda", "triton", "reference"}
+    assert set(found) == {"cpu", "cuda", "cuda-host", "triton", "reference"}
     assert found["reference"] == (True, "")
     for usable, reason in found.values():
         assert usable or reason
@@ -81,14 +85,90 @@ def test_cuda_status_is_exact_and_never_raises(archs, serves, refuses, monkeypat
             False,
             f"built for compute capability {archs.replace('_', ', ')}; visible: {device[0]}.{device[1]}",
         )
-    visible[:] = [*refuses, *serves]  # one that is served is enough
-    assert _backends.status()["cuda"][0]
+    visible[:] = [*serves, *refuses]  # one that is not served is enough
+    assert _backends.status()["cuda"][0] == (not refuses)
 
     def broken(index):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", broken)
     assert _backends.status()["cuda"] == (False, "CUDA does not start: out of memory")
+
+
+def test_library_of_another_cuda_is_refused(monkeypatch):
+    library = types.SimpleNamespace(build="torch 2.11.0, CUDA 12080, sm 9.0, 13.1.0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: library)
+    monkeypatch.setattr(importlib, "import_module", lambda name: library)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    text = f"built for CUDA 12, but torch {torch.__version__} is for CUDA 13.0"
+    with pytest.raises(ImportError, match=f"^{re.escape(text)}$"):
+        _backends._load_library("cuda")
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert _backends._load_library("cuda") is library
+
+
+@pytest.mark.parametrize(
+    "cuda, capability, bias_act, sample_triplane, styled_conv2d",
+    [
+        (True, (9, 0), ("cuda", ""), ("cuda", ""), ("triton", "")),
+        (False, (9, 0), ("triton", "not built"), ("triton", "not built"), ("triton", "")),
+        (True, (7, 5), *[("reference", "old; needs compute capability 8.0; visible: 7.5")] * 2,
+         ("reference", "needs compute capability 8.0; visible: 7.5")),
+    ],
+)  # fmt: skip
+def test_what_serves_cuda_tensors(cuda, capability, bias_act, sample_triplane, styled_conv2d, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability)
+    monkeypatch.setattr(_backends, "_library_status", lambda name: (name != "cuda" or cuda, "not built"))
+    monkeypatch.setattr(_backends, "_device_problem", lambda: "old" if capability < (8, 0) else "")
+    plan = _define.cuda_plan()
+    assert plan["bias_act"] == bias_act
+    assert plan["sample_triplane"] == sample_triplane
+    assert plan["styled_conv2d"] == styled_conv2d
+    assert plan["grid_sample"] == ("reference", "no kernel for this op")
+
+
+def test_first_call_says_why_and_is_served(monkeypatch):
+    monkeypatch.setattr(_define, "_settled", {"bias_act": ("reference", "not built: install with nvcc")})
+    call = _define._first_cuda_call("bias_act")
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.warns(
+        RuntimeWarning, match="no CUDA C.. kernels: not built: install with nvcc. Reference serves"
+    ):
+        out = call(x, None, 1, "relu", 0.0, 1.0, -1.0)
+    assert torch.equal(out, x.relu())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        call(x, None, 1, "relu", 0.0, 1.0, -1.0)
+
+
+def test_cuda_kernels_register_by_the_table():
+    code = (
+        "import re, torch, fastgen\n"
+        "from fastgen import _backends\n"
+        "from fastgen.ops import _define\n"
+        "def found(op):\n"
+        "    dump = torch._C._dispatch_dump(f'fastgen::{op}')\n"
+        "    return re.search(r'^CUDA: registered at (\\S+)', dump, re.M)[1].rpartition('/')[2].split(':')[0]\n"
+        "before = {op: found(op) for op in _define._defaults}\n"
+        "if _backends.compiled('cuda'):\n"
+        "    _backends.register_cuda()\n"
+        "    for op in _define._defaults:\n"
+        "        assert (found(op) == 'module.cpp') == (op in _define.CUDA), op\n"
+        "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1\n"
+        "torch.cuda.get_device_capability = lambda i: (9, 0)\n"
+        "plan = _define.settle_cuda()\n"
+        "for op, (by, why) in plan.items():\n"
+        "    both = by == 'cuda' and _define.CUDA[op] is not None\n"
+        "    assert (found(op) == 'module.cpp') == (by == 'cuda' and not both), (op, found(op))\n"
+        "assert {by for by, _ in plan.values()} >= {'triton', 'reference'}\n"
+        "with fastgen.backend('triton'):\n"
+        "    assert found('bias_act') != 'module.cpp'\n"
+        "assert (found('bias_act') == 'module.cpp') == _backends.compiled('cuda')\n"
+        "print('as planned')\n"
+    )
+    assert run(code) == "as planned"
 
 
 def test_raw_bias_act_refuses_what_it_would_read_out_of_bounds():
@@ -144,8 +224,9 @@ def test_without_compiled_libraries_the_reference_serves():
     code = BLOCK.format(names=("fastgen._cpu", "fastgen._cuda")) + (
         "import torch, fastgen\n"
         "from fastgen import _backends, ops\n"
+        "from fastgen.ops import _define\n"
         "x = torch.arange(8.).reshape(1, 2, 2, 2)\n"
-        "print(_backends.status()['cpu'][0], _backends.served('bias_act')['cpu'][0])\n"
+        "print(_backends.status()['cpu'][0], _define.served('bias_act')['cpu'][0])\n"
         "print(ops.bias_act(x, torch.ones(2), act='relu', gain=1).sum().item())\n"
         "print(ops.upsample2d(x, ops.setup_filter([1, 3, 3, 1])).shape[-1])\n"
     )

@@ -18,6 +18,7 @@ struct Job {
 template <class S, int width>
 __device__ __forceinline__ void load_some(const S* from, int64_t i, int n, accumulator_t<S> (&to)[width]) {
   if (n == width) return load<S, width>(from + i, to);
+#pragma unroll
   for (int j = 0; j < width; ++j) to[j] = j < n ? static_cast<accumulator_t<S>>(from[i + j]) : 0;
 }
 
@@ -28,7 +29,7 @@ __device__ __forceinline__ void map(T (&v)[width], const T (&g)[width], const Jo
 }
 
 template <class S, int order, int width>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     bias_act_kernel(const S* __restrict__ x, const S* __restrict__ b, const S* __restrict__ dy,
                     const S* __restrict__ ddx, S* __restrict__ out, Job<accumulator_t<S>> job) {
   using T = accumulator_t<S>;
@@ -98,7 +99,10 @@ __global__ void __launch_bounds__(threads)
   }
 
   if (n == width) return store<S, width>(out + i, v);
-  for (int j = 0; j < n; ++j) out[i + j] = static_cast<S>(v[j]);
+#pragma unroll
+  for (int j = 0; j < width; ++j) {
+    if (j < n) out[i + j] = static_cast<S>(v[j]);
+  }
 }
 
 template <class S, int order, int width>

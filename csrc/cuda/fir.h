@@ -53,7 +53,8 @@ __device__ __forceinline__ void share(const Taps<T>& taps, T* shared) {
 template <int up, int down, int taps, int tile>
 constexpr int window = ((tile - 1) * down + taps - 1) / up + 1;
 
-// sums[y][x] of `width` channels each; read(i, j, v) gives input (i, j) of the window, or false if there is none.
+// sums[y][x] of `width` channels each; read(i, j, v) gives input (i, j) of the window, or false if there is
+// none.
 template <int up, int down, int taps, int tile_y, int tile_x, int width, class T, class Read>
 __device__ __forceinline__ void filter_tile(const Read& read, const T* weights, int rows, int columns,
                                             T (&sums)[tile_y][tile_x][width]) {

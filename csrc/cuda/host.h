@@ -67,7 +67,7 @@ struct Block {
   Barrier all;
   std::vector<std::unique_ptr<Barrier>> warps;
   const int64_t bytes;
-  unsigned char* const shared;                // just as long as was asked for, so that a sanitizer sees more
+  unsigned char* const shared;              // just as long as was asked for, so that a sanitizer sees more
   std::vector<std::array<uint64_t, 2>> at;  // what threads show their warp
   std::vector<int> kind[2];
   static inline thread_local unsigned turns;

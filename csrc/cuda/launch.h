@@ -12,11 +12,11 @@
 
 #include <exception>
 
-// FASTGEN_KERNELS(m) { m.impl(name, TORCH_BOX(&function)); ... } lists the kernels of a file. Loading the library
-// does not register them: Python does, once it knows that they run on the devices that there are.
-#define FASTGEN_KERNELS(m)                                                  \
-  static void add_kernels(torch::stable::detail::StableLibrary& m);         \
-  static const bool listed = (kernels().push_back(add_kernels), true);      \
+// FASTGEN_KERNELS(m) { m.impl(name, TORCH_BOX(&function)); ... } lists the kernels of a file. Loading the
+// library does not register them: Python does, once it knows that they run on the devices that there are.
+#define FASTGEN_KERNELS(m)                                             \
+  static void add_kernels(torch::stable::detail::StableLibrary& m);    \
+  static const bool listed = (kernels().push_back(add_kernels), true); \
   static void add_kernels(torch::stable::detail::StableLibrary& m)
 
 namespace fastgen {
@@ -27,8 +27,8 @@ constexpr int threads = 256;  // a block
 extern const char* const build;
 std::vector<void (*)(torch::stable::detail::StableLibrary&)>& kernels();
 
-// An op on x's device, which is current while this lives, and on the stream that PyTorch uses there. Its errors
-// begin with the op's name.
+// An op on x's device, which is current while this lives, and on the stream that PyTorch uses there. Its
+// errors begin with the op's name.
 class Launch {
  public:
 #ifdef FASTGEN_CUDA_HOST
@@ -46,9 +46,8 @@ class Launch {
 
   Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type,
                MemoryFormat format = MemoryFormat::Contiguous) const {
-    return named([&] {
-      return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt, format);
-    });
+    return named(
+        [&] { return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt, format); });
   }
   Tensor empty_like(const Tensor& x) const {
     return named([&] { return torch::stable::empty_like(x); });

@@ -1,6 +1,7 @@
 // upfirdn2d, in one of three ways. Small filters: a thread makes a tile of outputs in registers, 16 bytes of
-// channels at a time in memory [N, H, W, C]. Separable ones: a block makes a tile of outputs, filtered along x
-// and then along y in shared memory. Any other: a thread makes one output. None of them meets an inserted zero.
+// channels at a time in memory [N, H, W, C]. Separable ones: a block makes a tile of outputs, filtered along
+// x and then along y in shared memory. Any other: a thread makes one output. None of them meets an inserted
+// zero.
 #include "fir.h"
 
 namespace fastgen {
@@ -22,14 +23,14 @@ struct Job {
   int64_t channels;  // 1 in memory [N, C, H, W], and images then are planes
   int64_t images;
   Axis x, y;
-  int64_t count;       // tiles, or outputs
+  int64_t count;  // tiles, or outputs
   int64_t tiles_x, tiles_y;
   int shift_x, shift_y;  // of the first tile, so that tiles begin where a tap falls on a sample
   int block_x, block_y, block_c;
 };
 
 template <class S, int up, int down, int taps, int tile_y, int tile_x, int width>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     upfirdn2d_tile_kernel(const S* __restrict__ in, Taps<accumulator_t<S>> f, S* __restrict__ out, Job job) {
   using T = accumulator_t<S>;
   __shared__ T weights[taps * taps];
@@ -72,8 +73,9 @@ __host__ __device__ inline int64_t reach(const Axis& axis, int64_t count) {
 
 // Shared: the inputs, the same filtered along x, and the taps.
 template <class S>
-__global__ void __launch_bounds__(threads)
-    upfirdn2d_separable_kernel(const S* __restrict__ in, Taps<accumulator_t<S>> f, S* __restrict__ out, Job job) {
+__global__ void __launch_bounds__(threads, 2)
+    upfirdn2d_separable_kernel(const S* __restrict__ in, Taps<accumulator_t<S>> f, S* __restrict__ out,
+                               Job job) {
   using T = accumulator_t<S>;
   const int width = static_cast<int>(reach(job.x, job.block_x));
   const int height = static_cast<int>(reach(job.y, job.block_y));
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(threads)
 }
 
 template <class S>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     upfirdn2d_kernel(const S* __restrict__ in, Taps<accumulator_t<S>> f, S* __restrict__ out, Job job) {
   using T = accumulator_t<S>;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
@@ -172,8 +174,8 @@ struct Call {
     job.tiles_x = ceil_div(job.x.out + job.shift_x, tile_x);
     job.tiles_y = ceil_div(job.y.out + job.shift_y, tile_y);
     job.count = job.images * job.tiles_y * job.tiles_x * (job.channels / width);
-    on.run(upfirdn2d_tile_kernel<S, up, down, taps, tile_y, tile_x, width>, ceil_div(job.count, threads), threads,
-           0, in, f, out, job);
+    on.run(upfirdn2d_tile_kernel<S, up, down, taps, tile_y, tile_x, width>, ceil_div(job.count, threads),
+           threads, 0, in, f, out, job);
   }
 
   // Whole packs of channels, where there are such; four rows of sixteen bytes' channels are as many sums as a
@@ -247,8 +249,12 @@ Tensor upfirdn2d_cuda(const Tensor& x, const std::optional<Tensor>& f, const std
     }
     FASTGEN_CHECK(up[i] > 0 && down[i] > 0, op, ": up and down must be at least 1");
     const int64_t out = (size * up[i] + padding[2 * i] + padding[2 * i + 1] - taps) / down[i] + 1;
-    return Axis{static_cast<int>(up[i]),          static_cast<int>(down[i]), static_cast<int>(padding[2 * i]),
-                static_cast<int>(taps), size, out};
+    return Axis{static_cast<int>(up[i]),
+                static_cast<int>(down[i]),
+                static_cast<int>(padding[2 * i]),
+                static_cast<int>(taps),
+                size,
+                out};
   };
   Job job{};
   job.channels = channels_last ? C : 1;

@@ -70,8 +70,8 @@ _library = torch.library.Library("fastgen", "DEF")
 _host_library = torch.library.Library("fastgen_cuda_host", "DEF")
 _defaults: dict[str, Callable] = {}  # what runs an op where no kernel does
 _launchers: dict[str, Callable] = {}  # of Triton kernels
-# Kernels that a backend puts above all others while it is chosen: by backend, dispatch key and op.
-_first: dict[str, dict[str, dict[str, Callable]]] = {}
+# Kernels that a backend puts above all others while it is chosen: op, dispatch key, kernel.
+_first: dict[str, list[tuple[str, str, Callable]]] = {"triton": [], "cuda-host": []}
 _in_front: torch.library.Library | None = None
 _settling = threading.RLock()
 _settled: dict[str, tuple[str, str]] | None = None
@@ -113,9 +113,9 @@ def define(
         if triton is not None and _backends.has_triton():
             _launchers[name] = _launcher(name, triton, default)
             for key in ["CUDA", "CPU"] if _backends.is_interpreted() else ["CUDA"]:
-                _put_first("triton", key, name, _launchers[name])
+                _offer("triton", name, key, _launchers[name])
         if _has_kernel(name, "CPU", "fastgen_cuda_host"):
-            _put_first("cuda-host", "CPU", name, getattr(torch.ops.fastgen_cuda_host, name).default)
+            _offer("cuda-host", name, "CPU", getattr(torch.ops.fastgen_cuda_host, name).default)
     if backward is not None:
         torch.library.register_autograd(
             f"fastgen::{name}", backward, setup_context=setup_context, lib=_library
@@ -190,7 +190,7 @@ def settle_cuda() -> dict[str, tuple[str, str]]:
                 for name, kernel in kernels.items():
                     _library.impl(name, kernel, "CUDA", allow_override=True)
             _settled = plan
-            _use(_choice)  # what that puts first has to be above these
+            _put_in_front(_first.get(_choice, []))  # again, for these are above it now
         return _settled
 
 
@@ -237,10 +237,12 @@ def served(op: str) -> dict[str, tuple[str, str]]:
 
 
 def _served_on_cpu(op: str) -> tuple[str, str]:
-    if op in _first.get(_choice, {}).get("CPU", {}):
+    if any(found[:2] == (op, "CPU") for found in _first.get(_choice, [])):
         return _choice, ""
     usable, why = _backends.status()["cpu"]
-    return ("cpu", "") if _has_kernel(op, "CPU") else ("reference", "no kernel for this op" if usable else why)
+    return (
+        ("cpu", "") if _has_kernel(op, "CPU") else ("reference", "no kernel for this op" if usable else why)
+    )
 
 
 def _tensors(args: Sequence) -> list[Tensor]:
@@ -394,22 +396,21 @@ def _use(name: str) -> None:
         _in_front._destroy()  # and what was below is there again
         _in_front = None
     _choice = name
-    for key, kernels in _first.get(name, {}).items():
-        for op, kernel in kernels.items():
-            _register_first(key, op, kernel)
+    _put_in_front(_first.get(name, []))
 
 
-def _put_first(backend: str, key: str, op: str, kernel: Callable) -> None:
-    _first.setdefault(backend, {}).setdefault(key, {})[op] = kernel
+def _offer(backend: str, op: str, key: str, kernel: Callable) -> None:
+    _first[backend].append((op, key, kernel))
     if backend == _choice:
-        _register_first(key, op, kernel)
+        _put_in_front(_first[backend][-1:])
 
 
-def _register_first(key: str, op: str, kernel: Callable) -> None:
+def _put_in_front(kernels: Sequence[tuple[str, str, Callable]]) -> None:
     global _in_front
-    _in_front = _in_front or torch.library.Library("fastgen", "IMPL")
     with _overriding():
-        _in_front.impl(op, kernel, key, allow_override=True)
+        for op, key, kernel in kernels:
+            _in_front = _in_front or torch.library.Library("fastgen", "IMPL")
+            _in_front.impl(op, kernel, key, allow_override=True)
 
 
 _use(_check_choice(os.environ.get("FASTGEN_BACKEND") or "auto"))

@@ -70,7 +70,7 @@ def test_environment_variable():
     code = "from fastgen.ops import _define; print(_define._choice)"
     assert python(code, FASTGEN_BACKEND="reference").stdout.strip() == "reference"
     failed = python(code, FASTGEN_BACKEND="fast")
-    assert "backend must be one of auto, cpu, cuda, triton, reference, got 'fast'" in failed.stderr
+    assert "backend must be one of auto, cpu, cuda, triton, cuda-host, reference, got 'fast'" in failed.stderr
 
 
 def test_ops_run_without_the_compiled_library():
