@@ -5,8 +5,8 @@ Metadata is in pyproject.toml. The build needs no GPU and downloads nothing. Env
                           host: only a library of the CUDA kernels for the CPU (make test-cuda-host)
     CUDA_HOME             the toolkit to use; else the one that the nvcc on PATH names, else /usr/local/cuda
     TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"            MAX_JOBS  parallel compilations
-    FASTGEN_SANITIZE      1: what runs on the CPU stops at bad addresses and undefined behaviour (make sanitize);
-                          thread: at races
+    FASTGEN_SANITIZE      1: what runs on the CPU stops at bad addresses and undefined behaviour (make
+                          sanitize); thread: at races
 """
 
 import os
@@ -46,19 +46,15 @@ CUDA = os.environ.get("FASTGEN_CUDA", "auto")
 if CUDA not in ("auto", "0", "1", "host"):
     sys.exit(f"FASTGEN_CUDA must be auto, 0, 1 or host, got {CUDA!r}")
 
-SANITIZERS = {"": "", "0": "", "1": "address,undefined,float-cast-overflow", "thread": "thread"}
-SANITIZE = os.environ.get("FASTGEN_SANITIZE", "")
-if SANITIZE not in SANITIZERS:
-    sys.exit(f"FASTGEN_SANITIZE must be 0, 1 or thread, got {SANITIZE!r}")
-SANITIZE = [f"-fsanitize={SANITIZERS[SANITIZE]}"] if SANITIZERS[SANITIZE] else []
-CHECKED = [
-    *SANITIZE,
-    "-O1",
-    "-g",
-    "-fno-omit-frame-pointer",
-    "-fno-sanitize-recover=all",
-    "-DFASTGEN_NO_CLONES",
-]
+FLAGS = ["-O3", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas", "-g0"]
+SANITIZERS = {"0": "", "1": "address,undefined,float-cast-overflow", "thread": "thread"}
+SANITIZER = os.environ.get("FASTGEN_SANITIZE") or "0"
+if SANITIZER not in SANITIZERS:
+    sys.exit(f"FASTGEN_SANITIZE must be 0, 1 or thread, got {SANITIZER!r}")
+SANITIZE = [f"-fsanitize={SANITIZERS[SANITIZER]}"] if SANITIZERS[SANITIZER] else []
+if SANITIZE:
+    FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-DFASTGEN_NO_CLONES"]
+NVCC_FLAGS = ["-O3", "-lineinfo"]
 
 
 def say(text):
@@ -102,22 +98,12 @@ def extension(kind, name, folder, macros=(), wrap=lambda path: path):
         depends=[str(path) for path in sorted(Path("csrc").rglob("*.[hc]*"))],
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_TORCH), *macros],
-        extra_compile_args={
-            "cxx": [
-                "-O3",
-                "-fvisibility=hidden",
-                "-Wno-psabi",
-                "-Wno-unknown-pragmas",
-                *(CHECKED if SANITIZE else ["-g0"]),
-            ],
-            "nvcc": ["-O3", "-lineinfo", *SMALL],
-        },
+        extra_compile_args={"cxx": [*FLAGS, *SANITIZE], "nvcc": NVCC_FLAGS},
         extra_link_args=SANITIZE,
         py_limited_api=True,
     )
 
 
-SMALL = []  # what makes binaries smaller
 if CUDA == "host":
     macros = [("FASTGEN_CUDA_HOST", None)]
     extensions = [extension(CppExtension, "fastgen._cuda_host", "cuda", macros, for_the_host)]
@@ -126,8 +112,10 @@ else:
 if CUDA in ("auto", "1"):
     try:
         release = cuda_version()
-        newest = "8.0;8.6;8.9;9.0;10.0;12.0+PTX" if release >= (12, 8) else "8.0;8.6;8.9;9.0+PTX"
-        SMALL = ["--compress-mode=size"] if release >= (12, 8) else []
+        newest = "8.0;8.6;8.9;9.0+PTX"
+        if release >= (12, 8):
+            newest = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+            NVCC_FLAGS.append("--compress-mode=size")
         archs = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or newest
         macros = [("USE_CUDA", None), ("FASTGEN_ARCHS", re.sub(r"[;,\s]+", "_", archs.strip()))]
         extensions.append(extension(CUDAExtension, "fastgen._cuda", "cuda", macros))
@@ -150,9 +138,8 @@ def editable_mode():
 class Build(BuildExtension):
     def run(self):
         super().run()
-        if (
-            CUDA != "host" and len(self.extensions) == 1
-        ):  # an earlier build's CUDA library would be loaded, or packed
+        # An earlier build's CUDA library would be loaded, or packed.
+        if CUDA != "host" and len(self.extensions) == 1:
             for folder in (Path(self.build_lib, "fastgen"), *([Path("fastgen")] if self.inplace else [])):
                 for old in folder.glob("_cuda.*so"):
                     say(f"removing {old}, which an earlier build left")

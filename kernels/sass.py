@@ -1,4 +1,4 @@
-"""What nvcc made of every CUDA kernel, from the built library, without a GPU: `python -m fastgen.kernels.sass`.
+"""What nvcc made of every CUDA kernel of the built library: `python -m fastgen.kernels.sass`.
 
 Prints, of every kernel and architecture, the most registers, spilled bytes and static shared memory that an
 instance takes, and how many of those that are meant to load 16 bytes at a time do. By convention the last

@@ -40,9 +40,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 # The ops of the CUDA library. Where Triton has the op too C++ serves, but for calls with arguments for which
-# the function here is true. Reasoned, not measured: most of them are bound by memory, which C++ reads in 16 bytes
-# a thread, and it adds up gradients of planes in a block before it does so in memory; but filtered_lrelu's
-# filters are matrix products on tensor cores in Triton, and C++ has code of its own for few of them.
+# the function here is true. Reasoned, not measured: most of them are bound by memory, which C++ reads in 16
+# bytes a thread, and it adds up gradients of planes in a block before it does so in memory; but filters of
+# filtered_lrelu are matrix products on tensor cores in Triton, and C++ has code of its own for few of them.
 
 
 def _suits_triton(x, fu, fd, b, up, down, *_) -> bool:
@@ -214,7 +214,7 @@ def _overriding() -> Iterator[None]:
 
 
 def has_kernel(name: str, x: Tensor) -> bool:
-    """Is there a kernel, C++ or Triton, for the op where x is? (It may yet not run on a card that is too old.)"""
+    """Is there a kernel, C++ or Triton, for the op where x is? (On too old a card it still does not run.)"""
     if x.device.type == "cuda":
         return name in _launchers or (name in CUDA and _backends.compiled("cuda"))
     return x.device.type == "cpu" and _has_kernel(name, "CPU")
