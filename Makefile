@@ -67,7 +67,7 @@ bench: $(STAMP)
 	  $(BIN)/python -m pytest benchmarks --memory=$$memory --benchmark-json="$(OUT)/$$memory.json"; done
 	$(BIN)/python benchmarks/report.py "$(OUT)/kept.json" "$(OUT)/returned.json"
 
-# All that a machine with a GPU can say, in nine minutes; one step of it: make gpu STEP=bench; DRY_RUN=1
+# All that a machine with a GPU can say, in ten minutes; one step of it: make gpu STEP=bench; DRY_RUN=1
 # rehearses on the CPU. Where make install has not run, PYTHON has to have torch, numpy, safetensors, pytest,
 # pytest-benchmark, matplotlib and ninja.
 gpu:

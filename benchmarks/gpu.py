@@ -1,9 +1,10 @@
-"""All that a machine with a GPU can say, in nine minutes: `make gpu`, or `make gpu STEP=bench` for one step.
+"""All that a machine with a GPU can say, in ten minutes: `make gpu`, or `make gpu STEP=bench` for one step.
 
 build       the CUDA library for this card, where nvcc is
 test-cuda   the tests marked gpu on CUDA C++, and on what serves where that has nothing
 test-triton the same with Triton's kernels before all others, and whole generators on them
-sanitize    compute-sanitizer's memcheck over a few of the tests, where it is installed
+memcheck, racecheck, initcheck
+            compute-sanitizer's tools over a few of the tests on CUDA C++, where it is installed
 bench       every benchmark, each behind its correctness gate, but for torch.compile
 compile     the benchmarks of torch.compile, which take longest to start
 report      results/<card>.csv, a table and a plot of the newest bench
@@ -25,6 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Values and gradients of the ops of the CUDA library, where the test's name has no other backend.
+SANITIZED = (
+    "(test_forward or test_gradients) and float32 and not triton and "
+    "(upfirdn2d or bias_act or filtered_lrelu or sample_triplane)"
+)
 
 
 @dataclass
@@ -60,21 +66,25 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         ),
         Step(
             "test-cuda",
-            90,
+            85,
             [*test, *tests, *cuda, "-k", "cpu" if dry_run else "not triton", f"--junitxml={out}/cuda.xml"],
         ),
-        Step("test-triton", 110, [*test, *tests, *both, "-k", "triton", f"--junitxml={out}/triton.xml"]),
-        Step(
-            "sanitize",
-            45,
-            [str(sanitizer), "--error-exitcode", "1", *python, "-m", "pytest", "-m", "gpu", "tests/ops",
-             "-k", "test_forward and (upfirdn2d or bias_act) and float32"],
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            "a dry run has no device" if dry_run else "" if sanitizer else "no compute-sanitizer here",
+        Step("test-triton", 95, [*test, *tests, *both, "-k", "triton", f"--junitxml={out}/triton.xml"]),
+        *(
+            Step(
+                tool,
+                40,
+                [str(sanitizer), "--tool", tool, "--error-exitcode", "1", *python, "-m", "pytest", "-m", "gpu",
+                 "tests/ops", "-k", SANITIZED],
+                # Every tensor in memory of its own, so that what is beyond it is seen.
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                "a dry run has no device" if dry_run else "" if sanitizer else "no compute-sanitizer here",
+            )
+            for tool in ("memcheck", "racecheck", "initcheck")
         ),
-        Step("bench", 130, [*bench, "-k", f"not compile {few}", f"--benchmark-json={out}/bench.json"]),
+        Step("bench", 120, [*bench, "-k", f"not compile {few}", f"--benchmark-json={out}/bench.json"]),
         Step(
-            "compile", 60, [*bench, "-k", "compile", f"--benchmark-json={out}/compile.json"], {},
+            "compile", 50, [*bench, "-k", "compile", f"--benchmark-json={out}/compile.json"], {},
             "a dry run compiles nothing" if dry_run else "",
         ),
         Step(
