@@ -74,8 +74,8 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
             Step(
                 tool,
                 40,
-                [str(sanitizer), "--tool", tool, "--error-exitcode", "1", *python, "-m", "pytest", "-m", "gpu",
-                 "tests/ops", "-k", SANITIZED],
+                [str(sanitizer), "--tool", tool, "--error-exitcode", "1",
+                 *python, "-m", "pytest", "-m", "gpu", "tests/ops", "-k", SANITIZED],
                 # Every tensor in memory of its own, so that what is beyond it is seen.
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                 "a dry run has no device" if dry_run else "" if sanitizer else "no compute-sanitizer here",
