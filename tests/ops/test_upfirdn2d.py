@@ -12,6 +12,14 @@ ODD = torch.tensor([[1.0, 2, 1], [-1, 3, 1], [2, 1, 5]])
 LONG = torch.arange(1.0, 13).cos()
 
 
+WIDE = torch.tensor([[(3.0 * i + j) % 7 - 2.5 for j in range(8)] for i in range(6)])
+
+
+def packs():
+    x = torch.randn(2, 16, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def case(name, x, f, **params):
     return Case(name, {"x": x, "f": f}, params, fixed=("f",))
 
@@ -33,6 +41,15 @@ class TestUpfirdn2d(OpChecks):
         case("separable_tiles", (2, 2, 5, 41), LONG.repeat(2), up=4, padding=[13, 10, 11, 12], gain=16),
         case("very_long", (2, 2, 4, 29), LONG.repeat(3), down=[3, 1], padding=[12, 13, 18, 17]),
         case("many_channels", (2, 33, 5, 6), F4, padding=[1, 2, 1, 2], flip_filter=True),
+        # Whole packs of channels, side by side in memory.
+        case("packs_up", packs, F4, up=2, padding=[3, 2, 2, -1], gain=4),
+        case("packs_down", packs, F4, down=2, padding=[1, 2, 2, 1]),
+        case("packs_blur", packs, ODD, padding=[2, 1, 1, 2]),
+        case("packs_up_3", packs, WIDE, up=3, padding=[4, 3, 7, 5], flip_filter=True),
+        case("packs_down_3", packs, WIDE, down=3, padding=[4, 3, 7, 5]),
+        case("packs_up_4", packs, WIDE, up=4, padding=[2, 9, -1, 5]),
+        case("packs_down_4", packs, WIDE, down=4, padding=[6, 4, 5, 3]),
+        case("packs_separable", packs, LONG, up=2, padding=[5, 4, 3, 6]),
     ]
     errors = [
         ({"x": [1]}, TypeError, "upfirdn2d: x must be a tensor, got list"),
