@@ -44,7 +44,7 @@ test-cuda-races: $(STAMP)
 
 # One for every Python from 3.10 on and every torch from 2.11 on; PyTorch's libraries stay PyTorch's.
 wheel: $(STAMP)
-	rm -rf build/wheel dist/*.whl
+	rm -rf build/wheel build/lib* dist/*.whl
 	FASTGEN_CUDA=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude "libc10*" --exclude "libtorch*" --exclude "libcuda*" \
 	  --wheel-dir dist build/wheel/*.whl
