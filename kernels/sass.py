@@ -38,8 +38,8 @@ class Instance:
 
     @property
     def meant_wide(self) -> bool:
-        first, *_, last = self.arguments.split(", ")
-        return last.isdigit() and int(last) * BYTES.get(first, 0) == 16
+        first, *others = self.arguments.split(", ")
+        return bool(others) and others[-1].isdigit() and int(others[-1]) * BYTES.get(first, 0) == 16
 
     def faults(self) -> list[str]:
         """What is wrong with it."""
@@ -115,6 +115,16 @@ def summary(table: list[Instance]) -> Iterator[list]:
         yield [*key, len(instances), *most, f"{sum(wide)} of {len(wide)}" if wide else ""]
 
 
+def faults(library: Path, table: list[Instance]) -> list[str]:
+    """What is wrong with the library: nothing, or lines."""
+    found = [fault for instance in table for fault in instance.faults()]
+    if missing := set(ARCHS) - {instance.arch for instance in table}:
+        found.append(f"not built for sm_{', sm_'.join(map(str, sorted(missing)))}")
+    if "ptx" not in _run(_tool("cuobjdump"), "-lptx", library):
+        found.append("no PTX for architectures to come")
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastgen.kernels.sass", description=__doc__)
     parser.parse_args()
@@ -123,13 +133,10 @@ def main() -> int:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["kernel", "arch", "instances", "registers", "stack", "shared", "16-byte loads"])
     writer.writerows(summary(table))
-    faults = [fault for instance in table for fault in instance.faults()]
-    if "ptx" not in _run(_tool("cuobjdump"), "-lptx", library):
-        faults.append("no PTX for architectures to come")
-    if missing := set(ARCHS) - {instance.arch for instance in table}:
-        faults.append(f"not built for sm_{', sm_'.join(map(str, sorted(missing)))}")
-    print("\n".join(faults), file=sys.stderr)
-    return 1 if faults else 0
+    found = faults(library, table)
+    for fault in found:
+        print(fault, file=sys.stderr)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 
 import fastgen
 from fastgen import _backends
+from fastgen.kernels import sass
 from fastgen.ops import _define
 
 ROOT = Path(__file__).parents[1]
@@ -170,6 +171,17 @@ def test_cuda_kernels_register_by_the_table():
         "print('as planned')\n"
     )
     assert run(code) == "as planned"
+
+
+def test_binaries_of_cuda_kernels():
+    """Of what was built here, which TORCH_CUDA_ARCH_LIST may limit."""
+    if _backends.compiled("cuda"):
+        table = sass.inspect(sass.find_library())
+        assert not [fault for instance in table for fault in instance.faults()]
+        kernels = {instance.kernel.partition("_kernel")[0] for instance in table}
+        assert {op.partition("_bwd")[0] for op in _define.CUDA} <= {
+            re.sub("_(tile|bwd).*", "", k) for k in kernels
+        }
 
 
 def test_raw_bias_act_refuses_what_it_would_read_out_of_bounds():
