@@ -19,7 +19,7 @@ define checked
 	cd $(1)/lib && $(SANITIZERS) LD_PRELOAD="$(foreach lib,$(4) stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))" \
 	  $(CURDIR)/$(BIN)/python -m pytest $(5)
 endef
-SANITIZERS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=ignore_noninstrumented_modules=1
+SANITIZERS := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=ignore_noninstrumented_modules=1
 
 .PHONY: demo test test-triton test-cuda-host test-cuda-races wheel test-wheel bench gpu fuzz sanitize lint format clean install
 

@@ -5,6 +5,7 @@ import torch
 from accuracy import assert_accurate
 from ops.checks import Case, OpChecks
 
+import fastgen
 from fastgen import ops
 
 F4 = ops.setup_filter([1, 3, 3, 1])
@@ -123,6 +124,12 @@ def test_relatives_change_the_size_by_their_factor(name, factor):
 def test_relatives_name_themselves_in_errors(name):
     with pytest.raises(ValueError, match=f"^{name}: x must have 4 dimensions"):
         getattr(ops, name)(torch.zeros(2, 2), None)
+
+
+def test_too_large_a_result_names_the_op(device):
+    name = "upfirdn2d: no memory for a tensor" if fastgen.ops._define.choice() == "cuda-host" else ""
+    with pytest.raises(RuntimeError, match=name):
+        ops.upfirdn2d(torch.ones(1, 1, 64, 64, device=device), None, up=1 << 20)
 
 
 def test_derivatives_of_every_order_are_upfirdn2d():
