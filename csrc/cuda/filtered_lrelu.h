@@ -39,7 +39,7 @@ struct Job {
   Step first, second, last;
   int64_t channels;  // 1 in memory [N, C, H, W], and images then are planes
   int64_t images, biases;
-  int64_t tiles_x, tiles_y;
+  int64_t tiles_c, tiles_x, tiles_y;
   int block_x, block_y, block_c;
 };
 
@@ -70,7 +70,7 @@ struct Tile {
 
   __device__ __forceinline__ explicit Tile(const Job& job) {
     int64_t rest = blockIdx.x;
-    c = split_off(rest, ceil_div(job.channels, job.block_c)) * job.block_c;
+    c = split_off(rest, job.tiles_c) * job.block_c;
     x = {split_off(rest, job.tiles_x) * job.block_x, job.block_x, 0};
     y = {split_off(rest, job.tiles_y) * job.block_y, job.block_y, 0};
     image = rest;
@@ -79,7 +79,8 @@ struct Tile {
 
 template <class S>
 __device__ __forceinline__ const S* biases_of(const S* b, const Job& job, const Tile& tile) {
-  return b ? b + tile.image * job.channels % job.biases : nullptr;
+  int64_t first = tile.image * job.channels;
+  return b ? b + split_off(first, job.biases) : nullptr;
 }
 
 // Shared memory of a block: what leaves room for others, and what there is on every card.
@@ -88,10 +89,10 @@ constexpr int64_t little_memory = 48 << 10, most_memory = 96 << 10;
 template <class S>
 void launch(const Launch& on, void (*kernel)(Arguments<S>, Job), int64_t bytes, const Arguments<S>& arguments,
             Job job) {
+  job.tiles_c = ceil_div(job.channels, job.block_c);
   job.tiles_x = ceil_div(job.last.x.out, job.block_x);
   job.tiles_y = ceil_div(job.last.y.out, job.block_y);
-  const int64_t blocks = job.images * job.tiles_y * job.tiles_x * ceil_div(job.channels, job.block_c);
-  on.run(kernel, blocks, threads, bytes, arguments, job);
+  on.run(kernel, job.images * job.tiles_y * job.tiles_x * job.tiles_c, threads, bytes, arguments, job);
 }
 
 }  // namespace

@@ -12,12 +12,15 @@ constexpr int lobes = 6;
 constexpr int column_strip = 16;  // of upsampled rows
 constexpr int result_strip = 8;   // of rows of results
 
-// Results along x of a strip; `step` is the factor to the results.
+// Results along x of a strip and of a tile; `step` is the factor to the results.
 template <int step>
 constexpr int row_strip = 32 / step;
+template <int step, int channels>
+constexpr int tile_width = row_strip<step> * (channels > 1 ? 1 : 2);
 
-__host__ __device__ inline int pitch_of(int64_t count, int channels) {
-  return static_cast<int>(count | 1) * channels;
+// Samples that `count` upsampled values see.
+constexpr int seen(int count, int up) {
+  return (count + up - 2) / up + lobes;
 }
 
 // Value `at` of a strip, whose first value has tap `phase` on its first sample.
@@ -80,11 +83,10 @@ __host__ __device__ inline int filled_rows(int64_t count, int up) {
 }
 
 // Columns of a tile upsampled along y, to rows from the one on that is returned.
-template <int up, int channels, class S>
+template <int up, int channels, int pitch, class S>
 __device__ __forceinline__ int upsample_columns(const S* in, const S* b, const Step& step, const Span& rows,
                                                 const Span& columns, const Job& job, const Tile& tile,
-                                                const accumulator_t<S>* shared, accumulator_t<S>* to,
-                                                int pitch) {
+                                                const accumulator_t<S>* shared, accumulator_t<S>* to) {
   using T = accumulator_t<S>;
   constexpr int window = column_strip / up + lobes;
   T taps[lobes * up];
@@ -111,44 +113,63 @@ __device__ __forceinline__ int upsample_columns(const S* in, const S* b, const S
     }
     const S* from = image + row * stride + x * job.channels + c;
     T v[window];
+    if (end - begin == window) {
 #pragma unroll
-    for (int i = 0; i < window; ++i, from += stride) {
-      v[i] = i >= begin && i < end ? static_cast<T>(*from) + bias : T(0);
+      for (int i = 0; i < window; ++i, from += stride) v[i] = static_cast<T>(*from) + bias;
+    } else {
+#pragma unroll
+      for (int i = 0; i < window; ++i, from += stride) {
+        v[i] = i >= begin && i < end ? static_cast<T>(*from) + bias : T(0);
+      }
     }
-    T* rows = to + strip * column_strip * pitch + q;
+    T* const rows = to + strip * column_strip * pitch + q;
 #pragma unroll
-    for (int r = 0; r < column_strip; ++r, rows += pitch) *rows = upsampled<up>(taps, v, r, 0);
+    for (int r = 0; r < column_strip; ++r) rows[r * pitch] = upsampled<up>(taps, v, r, 0);
   }
   return lead;
 }
 
 // Shared, in elements: taps, columns of x and of dy upsampled, and downsampled rows.
+template <int up, int down, bool backward, int channels>
 struct Sizes {
-  int pitch_x, pitch_dy, pitch_out;
-  int64_t taps, x, dy, out;
+  static constexpr int step = backward ? up : down, width = (tile_width<step, channels> + lobes - 1) * step;
+  static constexpr int pitch_x = (seen(width, up) | 1) * channels;
+  static constexpr int pitch_dy = backward ? (seen(width, down) | 1) * channels : 0;
+  static constexpr int pitch_out = (tile_width<step, channels> | 1) * channels;
+  static constexpr int taps = lobes * (up + down);
+  int x, dy, out;
 
-  __host__ __device__ Sizes(const Job& job, int channels, bool backward) {
-    const int64_t width = reach(job.last.x, job.block_x), height = reach(job.last.y, job.block_y);
-    pitch_x = pitch_of(reach(job.first.x, width), channels);
-    pitch_dy = pitch_of(reach(job.second.x, width), channels);
-    pitch_out = pitch_of(job.block_x, channels);
-    taps = job.first.x.taps + job.second.x.taps;
-    x = static_cast<int64_t>(pitch_x) * filled_rows(height, job.first.y.up);
-    dy = backward ? static_cast<int64_t>(pitch_dy) * filled_rows(height, job.second.y.up) : 0;
-    out = pitch_out * height;
+  __host__ __device__ explicit Sizes(int height) {
+    const int rows = (height + lobes - 1) * step;
+    x = pitch_x * filled_rows(rows, up);
+    dy = pitch_dy * filled_rows(rows, down);
+    out = pitch_out * rows;
   }
-  __host__ __device__ int64_t total() const { return taps + x + dy + out; }
+  __host__ __device__ int total() const { return taps + x + dy + out; }
 };
+
+// The numbers that are known when compiling, so that divisions are by constants.
+template <int up, int down, bool backward>
+__host__ __device__ __forceinline__ void set_known(Job& job) {
+  for (Axis Step::* axis : {&Step::x, &Step::y}) {
+    Axis &first = job.first.*axis, &second = job.second.*axis, &last = job.last.*axis;
+    first.up = up, first.down = 1, first.taps = lobes * up;
+    second.up = down, second.down = 1, second.taps = lobes * down;
+    last.up = 1, last.down = backward ? up : down, last.taps = lobes * last.down;
+  }
+}
 
 template <class S, int up, int down, bool backward, int channels>
 __global__ void __launch_bounds__(threads, backward ? 2 : 3) strips_kernel(Arguments<S> a, Job job) {
   using T = accumulator_t<S>;
   constexpr int step = backward ? up : down, strip = row_strip<step>;
   constexpr int fine = (strip + lobes - 1) * step;  // what a strip of results sees
-  const Sizes sizes(job, channels, backward);
+  set_known<up, down, backward>(job);
+  using Buffers = Sizes<up, down, backward, channels>;
+  const Buffers sizes(job.block_y);
   T* const first_taps = shared_memory<T>();
   T* const other_taps = first_taps + lobes * up;
-  T* columns = first_taps + sizes.taps;
+  T* columns = first_taps + Buffers::taps;
   T* gradients = columns + sizes.x;
   T* const rows = gradients + sizes.dy;
   Tile tile(job);
@@ -165,12 +186,13 @@ __global__ void __launch_bounds__(threads, backward ? 2 : 3) strips_kernel(Argum
   share_taps<lobes * up>(a.first, T(up), first_taps);
   share_taps<lobes * down>(backward ? a.second : a.last, T(1), other_taps);
   __syncthreads();
-  columns += sizes.pitch_x * upsample_columns<up, channels>(a.x, biases_of(a.b, job, tile), job.first, fine_y,
-                                                            x, job, tile, first_taps, columns, sizes.pitch_x);
+  columns += Buffers::pitch_x *
+             upsample_columns<up, channels, Buffers::pitch_x>(a.x, biases_of(a.b, job, tile), job.first,
+                                                              fine_y, x, job, tile, first_taps, columns);
   if constexpr (backward) {
     gradients +=
-        sizes.pitch_dy * upsample_columns<down, channels, S>(a.dy, nullptr, job.second, fine_y, dy, job, tile,
-                                                             other_taps, gradients, sizes.pitch_dy);
+        Buffers::pitch_dy * upsample_columns<down, channels, Buffers::pitch_dy, S>(
+                                a.dy, nullptr, job.second, fine_y, dy, job, tile, other_taps, gradients);
   }
   __syncthreads();
 
@@ -185,11 +207,11 @@ __global__ void __launch_bounds__(threads, backward ? 2 : 3) strips_kernel(Argum
     constexpr int phase_x = backward ? up - 1 : phase();  // for the gradient it is always this one
     for (int k = threadIdx.x; k < channels * fine_y.count * (tile.x.count / strip); k += threads) {
       const int c = k % channels, row = k / channels % fine_y.count, i = k / channels / fine_y.count;
-      T v[(fine + up - 2) / up + lobes];
-      read_row<channels>(columns + row * sizes.pitch_x + i * (strip * step / up) * channels + c, v);
-      [[maybe_unused]] T g[(fine + down - 2) / down + lobes];
+      T v[seen(fine, up)];
+      read_row<channels>(columns + row * Buffers::pitch_x + i * (strip * step / up) * channels + c, v);
+      [[maybe_unused]] T g[seen(fine, down)];
       if constexpr (backward) {
-        read_row<channels>(gradients + row * sizes.pitch_dy + i * (strip * step / down) * channels + c, g);
+        read_row<channels>(gradients + row * Buffers::pitch_dy + i * (strip * step / down) * channels + c, g);
       }
       T sums[strip] = {};
 #pragma unroll
@@ -202,7 +224,7 @@ __global__ void __launch_bounds__(threads, backward ? 2 : 3) strips_kernel(Argum
         }
         add_to<step>(sums, last_taps, at, value);
       }
-      T* to = rows + row * sizes.pitch_out + i * strip * channels + c;
+      T* to = rows + row * Buffers::pitch_out + i * strip * channels + c;
 #pragma unroll
       for (int r = 0; r < strip; ++r) to[r * channels] = sums[r];
     }
@@ -213,37 +235,37 @@ __global__ void __launch_bounds__(threads, backward ? 2 : 3) strips_kernel(Argum
   const int64_t stride = job.last.x.out * job.channels;
   for (int k = threadIdx.x; k < width * (tile.y.count / result_strip); k += threads) {
     const int q = k % width, first = k / width * result_strip;
-    const T* from = rows + first * step * sizes.pitch_out + q;
+    const T* from = rows + first * step * Buffers::pitch_out + q;
     T sums[result_strip] = {};
 #pragma unroll
-    for (int at = 0; at < (result_strip + lobes - 1) * step; ++at, from += sizes.pitch_out) {
-      add_to<step>(sums, last_taps, at, *from);
+    for (int at = 0; at < (result_strip + lobes - 1) * step; ++at) {
+      add_to<step>(sums, last_taps, at, from[at * Buffers::pitch_out]);
     }
     const int64_t x = tile.x.begin + q / channels, c = tile.c + q % channels, y = tile.y.begin + first;
     if (x >= job.last.x.out || c >= job.channels) continue;
+    const int left = job.last.y.out - y < result_strip ? static_cast<int>(job.last.y.out - y) : result_strip;
     S* to = a.out + (tile.image * job.last.y.out + y) * stride + x * job.channels + c;
 #pragma unroll
     for (int r = 0; r < result_strip; ++r, to += stride) {
-      if (y + r < job.last.y.out) *to = static_cast<S>(sums[r]);
+      if (r < left) *to = static_cast<S>(sums[r]);
     }
   }
 }
 
 template <class S, bool backward, int up, int down, int channels>
 void run_strips(const Launch& on, const Arguments<S>& arguments, Job job) {
-  constexpr int step = backward ? up : down, strip = row_strip<step>;
-  const auto bytes = [&] {
-    return Sizes(job, channels, backward).total() * static_cast<int64_t>(sizeof(float));
+  constexpr int step = backward ? up : down, strips = tile_width<step, channels> / row_strip<step> * channels;
+  const auto bytes = [](int height) {
+    return Sizes<up, down, backward, channels>(height).total() * static_cast<int64_t>(sizeof(float));
   };
-  job.block_c = channels;
-  job.block_x = channels > 1 || job.last.x.out <= strip ? strip : 2 * strip;
   // As high as there are threads for the strips of rows; then tiles of one height.
-  const int strips = job.block_x / strip * channels, most = threads / (strips * step) - (lobes - 1);
-  job.block_y = most / result_strip * result_strip;
-  while (job.block_y > result_strip && bytes() > little_memory) job.block_y -= result_strip;
-  const int64_t tiles = ceil_div(job.last.y.out, job.block_y);
+  int height = (threads / (strips * step) - (lobes - 1)) / result_strip * result_strip;
+  while (height > result_strip && bytes(height) > little_memory) height -= result_strip;
+  const int64_t tiles = ceil_div(job.last.y.out, height);
+  job.block_c = channels;
+  job.block_x = tile_width<step, channels>;
   job.block_y = static_cast<int>(ceil_div(ceil_div(job.last.y.out, tiles), result_strip)) * result_strip;
-  launch(on, strips_kernel<S, up, down, backward, channels>, bytes(), arguments, job);
+  launch(on, strips_kernel<S, up, down, backward, channels>, bytes(job.block_y), arguments, job);
 }
 
 template <class S, bool backward, int up, int down>
