@@ -46,9 +46,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _suits_triton(x, fu, fd, b, up, down, *_) -> bool:
-    taps = [f.numel() if f is not None and f.ndim == 1 else 0 for f in (fu, fd)]
+    if x.dtype == torch.float64 or any(f is not None and f.ndim > 1 for f in (fu, fd)):
+        return False
+    taps = [1 if f is None else len(f) for f in (fu, fd)]
     own_code = (up, down) in ((2, 2), (4, 2)) and taps == [6 * up, 6 * down]
-    return not own_code and x.dtype != torch.float64 and max(up, down) <= 4 and max(taps) <= 24
+    return not own_code and max(up, down) <= 4 and max(taps) <= 24
 
 
 CUDA: dict[str, Callable[..., bool] | None] = {

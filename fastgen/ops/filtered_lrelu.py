@@ -13,7 +13,9 @@ import math
 import torch
 from torch import Tensor
 
+from .. import _backends
 from ._define import (
+    choice,
     define,
     has_kernel,
     memory_format,
@@ -140,6 +142,9 @@ def _is_fused(x: Tensor, fu: Tensor | None, fd: Tensor | None, up: int, down: in
     """Does a kernel serve this? PyTorch's compiler cannot ask, and sees the op."""
     if not (torch.compiler.is_compiling() or has_kernel("filtered_lrelu", x)):
         return False
+    if choice() == "cuda-host" if x.is_cpu else _backends.compiled("cuda") and choice() != "triton":
+        # What makes one result fits into the memory of a CUDA kernel's block, in float64 too.
+        return max((n for f in (fu, fd) if f is not None for n in f.shape), default=1) <= 32
     if x.is_cpu:
         # Rows of the C++ kernel have as many phases as the least common multiple.
         return math.lcm(up, down) <= 64

@@ -12,6 +12,7 @@ from fastgen._backends import is_interpreted
 from fastgen.ops import _define
 
 F12 = ops.setup_filter([1, 2, 3, 5, 7, 8, 8, 7, 5, 3, 2, 1])
+F24 = ops.setup_filter([*range(1, 15), *range(12, 2, -1)])
 F4 = ops.setup_filter([1, 3, 3, 1])
 F43 = torch.tensor([[1.0, 2, 3], [0, 1, -1], [2, 0, 1], [1, 1, 0]]) / 4  # of full rank, so not separable
 
@@ -35,6 +36,9 @@ class TestFilteredLrelu(OpChecks):
         case("up_3_down_2", (1, 2, 5, 4), (2,), F43, F12, up=3, down=2, padding=[7, 8, 9, 6]),
         case("up_more_than_taps", (1, 2, 3, 4), (2,), F4, F4, up=5, down=3, padding=2),
         case("clamped_to_zero", (2, 3, 4, 5), (3,), F4, F4, up=2, down=2, padding=3, clamp=0.0),
+        case("long", (1, 5, 15, 14), (5,), F24, F12, up=4, down=2, padding=[17, 18, 15, 20], clamp=1.0),
+        case("whole", (1, 2, 20, 21), (2,), F4, F12.outer(F12), up=3, down=2, padding=9),
+        case("high", (1, 2, 70, 3), (2,), F12, F12, up=2, down=2, padding=[9, 12, 12, 9], gain=-1.0),
         case("wide", (1, 2, 3, 85), (2,), F12, F12, up=2, down=2, padding=[11, 10, 11, 10], clamp=1.0),
     ]
     errors = [
@@ -126,6 +130,16 @@ class TestFilteredLrelu(OpChecks):
         got = torch.func.vmap(function, dims)(*args)
         for a, b in zip(got, zip(*want, strict=True), strict=True):
             torch.testing.assert_close(a, torch.stack(b))
+
+    def test_filters_that_do_not_fit(self, device):
+        f = torch.linspace(0, 0.01, 200, device=device)
+        huge = case("huge", (1, 2, 150, 140), (2,), f, f, up=2, down=2, padding=100)
+        inputs = huge.make(device=device)
+        torch.testing.assert_close(self.run(huge, inputs), self.reference(huge, inputs))
+        if _define._choice == "cuda-host":
+            with pytest.raises(RuntimeError, match="filtered_lrelu: filters are too large: one result takes"):
+                arguments = 2, 2, [100] * 4, 1.4, 0.2, -1.0, False
+                torch.ops.fastgen.filtered_lrelu(inputs["x"], f, f, inputs["b"], *arguments)
 
     def test_opcheck(self):
         tensors = (torch.randn(1, 2, 6, 5, requires_grad=True), F4, F4, torch.randn(2, requires_grad=True))
