@@ -128,6 +128,25 @@ T __shfl_xor_sync(unsigned, T value, int lanes) {
   return host::shown_by(value, threadIdx.x % host::warp ^ static_cast<unsigned>(lanes));
 }
 
+// The result lies in memory in between: compilers contract a product and a sum to one operation.
+template <class T>
+T rounded(T value) {
+  volatile T result = value;
+  return result;
+}
+inline float __fmul_rn(float a, float b) {
+  return rounded(a * b);
+}
+inline float __fadd_rn(float a, float b) {
+  return rounded(a + b);
+}
+inline double __dmul_rn(double a, double b) {
+  return rounded(a * b);
+}
+inline double __dadd_rn(double a, double b) {
+  return rounded(a + b);
+}
+
 // Of float and double.
 template <class T>
 T atomicAdd(T* to, T value) {
