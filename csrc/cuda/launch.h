@@ -12,11 +12,11 @@
 
 #include <exception>
 
-// FASTGEN_KERNELS(m) { m.impl(name, TORCH_BOX(&function)); ... } lists the kernels of a file. Loading the library
-// does not register them: Python does, once it knows that they run on the devices that there are.
-#define FASTGEN_KERNELS(m)                                                  \
-  static void add_kernels(torch::stable::detail::StableLibrary& m);         \
-  static const bool listed = (kernels().push_back(add_kernels), true);      \
+// FASTGEN_KERNELS(m) { m.impl(name, TORCH_BOX(&function)); ... } lists the kernels of a file. Loading the
+// library does not register them: Python does, once it knows that they run on the devices that there are.
+#define FASTGEN_KERNELS(m)                                             \
+  static void add_kernels(torch::stable::detail::StableLibrary& m);    \
+  static const bool listed = (kernels().push_back(add_kernels), true); \
   static void add_kernels(torch::stable::detail::StableLibrary& m)
 
 namespace fastgen {
@@ -27,8 +27,8 @@ constexpr int threads = 256;  // a block
 extern const char* const build;
 std::vector<void (*)(torch::stable::detail::StableLibrary&)>& kernels();
 
-// An op on x's device, which is current while this lives, and on the stream that PyTorch uses there. Its errors
-// begin with the op's name.
+// An op on x's device, which is current while this lives, and on the stream that PyTorch uses there. Its
+// errors begin with the op's name.
 class Launch {
  public:
 #ifdef FASTGEN_CUDA_HOST
@@ -57,9 +57,8 @@ class Launch {
 
   Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type,
                MemoryFormat format = MemoryFormat::Contiguous) const {
-    return named([&] {
-      return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt, format);
-    });
+    return named(
+        [&] { return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt, format); });
   }
   Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) const {
     return named([&] { return torch::stable::new_zeros(like, shape, type); });
@@ -121,7 +120,8 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
-// Neighbours in memory, read and written at once: 16 bytes, or one element where those are not aligned.
+// Neighbours in global memory, read and written at once: 16 bytes, or one element where those are not
+// aligned.
 template <class S, int width>
 struct alignas(sizeof(S) * width) Pack {
   S values[width];
@@ -142,6 +142,14 @@ __device__ __forceinline__ void store(S* to, const accumulator_t<S> (&from)[widt
   Pack<S, width> pack;
 #pragma unroll
   for (int j = 0; j < width; ++j) pack.values[j] = static_cast<S>(from[j]);
+#ifndef FASTGEN_CUDA_HOST
+  if constexpr (sizeof(pack) == 16) {  // nvcc splits a struct into its members, and does not always join them
+    uint4 words;
+    std::memcpy(&words, &pack, 16);
+    __stwb(reinterpret_cast<uint4*>(to), words);
+    return;
+  }
+#endif
   *reinterpret_cast<Pack<S, width>*>(to) = pack;
 }
 

@@ -1,17 +1,10 @@
 // sample_triplane and its first two derivatives; the formulas are those of fastgen/ops/grid_sample.py. A
 // block first finds where its points are on the planes, in shared memory; then a thread takes a point and 16
-// bytes of channels, or one channel where those do not lie together.
-//
-// Gradients of planes are added up by atomics, in an array whose channels lie together, so that a warp's are
-// one piece of memory. A thread goes along points with one channel and keeps the sums of the last four pixels
-// in registers, one for each parity of column and row, until a point needs another pixel there. Consecutive
-// points are samples of a ray, which meet a pixel one after the other or not at all: a table of pixels in
-// shared memory would find little more, and cost more. Where PyTorch is to be deterministic, points are
-// sorted by cell, and a thread sums what a pixel gets in order: of all that adds in one order that is the
-// only way whose time does not grow with points times pixels.
+// bytes of channels, or one channel where those do not lie together. Three planes unrolled would hide no more
+// latency than the blocks that then have no registers.
 #include <limits>
 
-#include "triplane.h"
+#include "triplane_gradient.h"
 
 namespace fastgen {
 namespace {
@@ -19,8 +12,8 @@ namespace {
 // out: samples of p and slopes of x; p may have no data.
 template <class S, int width, bool sloped>
 __global__ void __launch_bounds__(threads)
-    sample_kernel(Table<const S> p, Table<const S> x, S* __restrict__ out, Job<accumulator_t<S>> job,
-                  int lanes) {
+    sample_kernel(Table<const S> p, Table<const S> x, S* __restrict__ out,
+                  const __grid_constant__ Job<accumulator_t<S>> job, int lanes) {
   using T = accumulator_t<S>;
   const int per = threads / lanes, s = threadIdx.x / lanes;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * per;
@@ -42,15 +35,17 @@ __global__ void __launch_bounds__(threads)
       };
       if (!sloped || p.data) add_up(p, {}, false);
       if (sloped) add_up(x, places.slopes[3 * s + plane], true);
-      if (!job.mean || plane == 2) {
-        const T share = job.share();
-#pragma unroll
-        for (int j = 0; j < width; ++j) sums[j] *= share;
+      if (!job.mean) {
         store<S, width>(out + job.row(n, plane, m) * job.C + c, sums);
 #pragma unroll
         for (int j = 0; j < width; ++j) sums[j] = 0;
       }
     }
+    if (!job.mean) continue;
+    T mean[width];
+#pragma unroll
+    for (int j = 0; j < width; ++j) mean[j] = sums[j] * job.share();
+    store<S, width>(out + (first + s) * job.C + c, mean);
   }
 }
 
@@ -59,7 +54,8 @@ __global__ void __launch_bounds__(threads)
 template <class S, int width, bool sloped>
 __global__ void __launch_bounds__(threads)
     differentiate_kernel(Table<const S> p, Table<const S> x, const S* __restrict__ dy,
-                         accumulator_t<S>* __restrict__ out, Job<accumulator_t<S>> job, int lanes) {
+                         accumulator_t<S>* __restrict__ out,
+                         const __grid_constant__ Job<accumulator_t<S>> job, int lanes) {
   using T = accumulator_t<S>;
   const int per = threads / lanes, s = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * per, point = first + s;
@@ -113,138 +109,6 @@ __global__ void __launch_bounds__(threads)
   }
   if (!given || lane) return;
   for (int k = 0; k < 3; ++k) out[3 * point + k] = sums[k];
-}
-
-// Adds the planes' gradient to `to`. A block takes as many points of an image as it has threads, and of these
-// each group of threads, one a channel, a run.
-template <class S>
-__global__ void __launch_bounds__(threads)
-    scatter_kernel(const S* __restrict__ dy, Table<accumulator_t<S>> to, Job<accumulator_t<S>> job) {
-  using T = accumulator_t<S>;
-  __shared__ Place<T> places[threads];
-  __shared__ Slope<T> slopes[threads];
-  int64_t n = blockIdx.x;
-  const int plane = static_cast<int>(split_off(n, 3));
-  const int64_t first = split_off(n, ceil_div(job.M, threads)) * threads;
-  const int here = job.M - first < threads ? static_cast<int>(job.M - first) : threads, t = threadIdx.x;
-  if (t < here) {
-    places[t] = locate(job, n * job.M + first + t, plane);
-    slopes[t] = direct(job, n * job.M + first + t, plane);
-  }
-  __syncthreads();
-
-  const int lanes = job.C < threads ? static_cast<int>(job.C) : threads;
-  const int groups = threads / lanes, run = (threads + groups - 1) / groups;
-  const int begin = t / lanes * run, end = begin + run < here ? begin + run : here;
-  for (int64_t c = t % lanes; c < job.C; c += lanes) {
-    T* const planes = to.data + (n * to.image + plane * to.plane + c * to.channel);
-    const S* g = dy + job.row(n, plane, first) * job.C + c;
-    T sums[2][2] = {};
-    int x[2] = {-1, -1}, y[2] = {-1, -1};  // even and odd columns and rows
-    const auto flush = [&](int j, int i) {
-      if (x[i] >= 0 && x[i] < job.W && y[j] >= 0 && y[j] < job.H) {
-        atomicAdd(planes + (y[j] * to.row + x[i] * to.column), sums[j][i]);
-      }
-      sums[j][i] = 0;
-    };
-    for (int s = begin; s < end; ++s) {
-      const Place<T> at = places[s];
-      const T v = job.share() * static_cast<T>(g[s * job.C]);
-      const bool right[2] = {(at.column & 1) != 0, (at.column & 1) == 0};
-      const bool below[2] = {(at.row & 1) != 0, (at.row & 1) == 0};
-      const bool new_x[2] = {x[0] != at.column + right[0], x[1] != at.column + right[1]};
-      const bool new_y[2] = {y[0] != at.row + below[0], y[1] != at.row + below[1]};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int j = k / 2, i = k % 2;
-        if (new_x[i] || new_y[j]) flush(j, i);
-        sums[j][i] += weigh(at, slopes[s], job.directions, right[i], below[j]) * v;
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        x[i] = at.column + right[i];
-        y[i] = at.row + below[i];
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < 4; ++k) flush(k / 2, k % 2);
-  }
-}
-
-// The same in a fixed order: keys [N, 3, M], the points' cells, where the cell (-1, -1) of a plane is its
-// first.
-template <class T>
-__global__ void __launch_bounds__(threads) keys_kernel(int64_t* __restrict__ keys, Job<T> job) {
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
-  if (item >= job.N * 3 * job.M) return;
-  int64_t n = item;
-  const int64_t m = split_off(n, job.M), table = n;
-  const int plane = static_cast<int>(split_off(n, 3));
-  const Place<T> at = locate(job, n * job.M + m, plane);
-  const bool inside = at.column >= -1 && at.column < job.W && at.row >= -1 && at.row < job.H;
-  const int64_t cell = (table * (job.H + int64_t(1)) + at.row + 1) * (job.W + int64_t(1)) + at.column + 1;
-  keys[item] = inside ? cell : job.N * 3 * (job.H + int64_t(1)) * (job.W + int64_t(1));
-}
-
-// The number of keys below `key`.
-__device__ inline int64_t below(const int64_t* keys, int64_t count, int64_t key) {
-  int64_t low = 0;
-  while (low < count) {
-    const int64_t middle = (low + count) / 2;
-    if (keys[middle] < key) {
-      low = middle + 1;
-    } else {
-      count = middle;
-    }
-  }
-  return low;
-}
-
-// A thread makes a channel of a pixel. The cells around it are two pairs of neighbours in the order of keys.
-template <class S>
-__global__ void __launch_bounds__(threads)
-    collect_kernel(const S* __restrict__ dy, const int64_t* __restrict__ keys,
-                   const int64_t* __restrict__ order, Table<S> to, Job<accumulator_t<S>> job, int lanes) {
-  using T = accumulator_t<S>;
-  __shared__ int64_t bounds[threads][2][2];
-  const int per = threads / lanes, s = threadIdx.x / lanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * per, pixels = job.N * 3 * job.H * job.W;
-  for (int k = threadIdx.x; k < 4 * per && first + k / 4 < pixels; k += threads) {
-    int64_t table = first + k / 4;
-    const int64_t x = split_off(table, job.W), y = split_off(table, job.H);
-    const int64_t cell = (table * (job.H + 1) + y + k / 2 % 2) * (job.W + 1) + x;
-    bounds[k / 4][k / 2 % 2][k % 2] = below(keys, job.N * 3 * job.M, cell + k % 2 * 2);
-  }
-  __syncthreads();
-  int64_t table = first + s;
-  if (s >= per || table >= pixels) return;
-  const int64_t x = split_off(table, job.W), y = split_off(table, job.H), n = table / 3;
-  const int plane = static_cast<int>(table % 3);
-  for (int64_t c = threadIdx.x % lanes; c < job.C; c += lanes) {
-    T sum = 0;
-    for (int pair = 0; pair < 2; ++pair) {
-      for (int64_t k = bounds[s][pair][0]; k < bounds[s][pair][1]; ++k) {
-        const int64_t m = order[k] - table * job.M;
-        const Place<T> at = locate(job, n * job.M + m, plane);
-        const Slope<T> slope = direct(job, n * job.M + m, plane);
-        const T v = job.share() * static_cast<T>(dy[job.row(n, plane, m) * job.C + c]);
-        sum += weigh(at, slope, job.directions, at.column < x, at.row < y) * v;
-      }
-    }
-    to.data[n * to.image + plane * to.plane + y * to.row + x * to.column + c * to.channel] =
-        static_cast<S>(sum);
-  }
-}
-
-// In ascending order, equals as they were; and where they were.
-std::pair<Tensor, Tensor> sort(const Launch& on, const Tensor& keys) {
-  return on.named([&] {
-    using torch::stable::detail::from;
-    StableIValue stack[4] = {from(keys), from(std::optional<bool>(true)), from(int64_t(0)), from(false)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
-    const Tensor sorted = torch::stable::detail::to<Tensor>(stack[0]);
-    return std::make_pair(sorted, torch::stable::detail::to<Tensor>(stack[1]));
-  });
 }
 
 template <class S>
