@@ -72,7 +72,7 @@ def served() -> dict[str, dict[str, dict[str, str]]]:
         for op in sorted(
             name
             for space, name in names
-            if space == "fastgen" and "." not in name and name != "empty_workspace"
+            if space == "fastgen" and "." not in name and name not in ("empty_workspace", "is_deterministic")
         )
     }
 

@@ -19,6 +19,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static
 
 namespace fastgen {
@@ -126,6 +127,25 @@ inline void __syncthreads() {
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int lanes) {
   return host::shown_by(value, threadIdx.x % host::warp ^ static_cast<unsigned>(lanes));
+}
+
+// The result lies in memory in between: compilers contract a product and a sum to one operation.
+template <class T>
+T rounded(T value) {
+  volatile T result = value;
+  return result;
+}
+inline float __fmul_rn(float a, float b) {
+  return rounded(a * b);
+}
+inline float __fadd_rn(float a, float b) {
+  return rounded(a + b);
+}
+inline double __dmul_rn(double a, double b) {
+  return rounded(a * b);
+}
+inline double __dadd_rn(double a, double b) {
+  return rounded(a + b);
 }
 
 // Of float and double.

@@ -44,10 +44,24 @@ class Launch {
 
   const char* op() const { return op_; }
 
+  // PyTorch's errors do not say what the memory was for.
+  template <class Body>
+  auto named(const Body& body) const {
+    try {
+      return body();
+    } catch (const std::exception& error) {
+      FASTGEN_CHECK(false, op_, ": cannot make a tensor: ", error.what());
+      throw;
+    }
+  }
+
   Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type,
                MemoryFormat format = MemoryFormat::Contiguous) const {
     return named(
         [&] { return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt, format); });
+  }
+  Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) const {
+    return named([&] { return torch::stable::new_zeros(like, shape, type); });
   }
   Tensor empty_like(const Tensor& x) const {
     return named([&] { return torch::stable::empty_like(x); });
@@ -71,17 +85,6 @@ class Launch {
   }
 
  private:
-  // PyTorch's errors do not say what the memory was for.
-  template <class Body>
-  Tensor named(const Body& body) const {
-    try {
-      return body();
-    } catch (const std::exception& error) {
-      FASTGEN_CHECK(false, op_, ": no memory for a tensor: ", error.what());
-      throw;
-    }
-  }
-
   const char* op_;
 #ifndef FASTGEN_CUDA_HOST
   void check(cudaError_t error) const {
@@ -99,6 +102,13 @@ class Launch {
 #endif
 };
 
+// Does PyTorch want deterministic algorithms? The stable ABI has no such question; ops/_define.py has an op.
+inline bool is_deterministic() {
+  StableIValue answer[1];
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastgen::is_deterministic", "", answer, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(answer[0]);
+}
+
 // The memory that a block shares, as long as the launch says.
 template <class T>
 __device__ __forceinline__ T* shared_memory() {
@@ -110,7 +120,8 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
-// Neighbours in memory, read and written at once: 16 bytes, or one element where those are not aligned.
+// Neighbours in global memory, read and written at once: 16 bytes, or one element where those are not
+// aligned.
 template <class S, int width>
 struct alignas(sizeof(S) * width) Pack {
   S values[width];
@@ -131,6 +142,14 @@ __device__ __forceinline__ void store(S* to, const accumulator_t<S> (&from)[widt
   Pack<S, width> pack;
 #pragma unroll
   for (int j = 0; j < width; ++j) pack.values[j] = static_cast<S>(from[j]);
+#ifndef FASTGEN_CUDA_HOST
+  if constexpr (sizeof(pack) == 16) {  // nvcc splits a struct into its members, and does not always join them
+    uint4 words;
+    std::memcpy(&words, &pack, 16);
+    __stwb(reinterpret_cast<uint4*>(to), words);
+    return;
+  }
+#endif
   *reinterpret_cast<Pack<S, width>*>(to) = pack;
 }
 

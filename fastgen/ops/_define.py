@@ -349,6 +349,11 @@ def empty_workspace() -> None:
         torch.ops.fastgen.empty_workspace()
 
 
+# For kernels in C++, whose ABI has no such question.
+_library.define("is_deterministic() -> bool")
+_library.impl("is_deterministic", torch.are_deterministic_algorithms_enabled, "CompositeExplicitAutograd")
+
+
 # The backend.
 
 

@@ -1,5 +1,7 @@
 """sample_triplane: against a plain loop over corners, in every convention of axes."""
 
+import contextlib
+
 import pytest
 import torch
 from accuracy import assert_accurate
@@ -50,6 +52,7 @@ def definition(planes, coordinates, box_warp=1.0, plane_axes="eg3d", reduce=None
 
 class TestSampleTriplane(OpChecks):
     op = ops.sample_triplane
+    any_order = 1e-10
     image = "planes"
     cases = [
         case("eg3d", (2, 3, 4, 5, 5), 30),
@@ -123,6 +126,10 @@ class TestSampleTriplane(OpChecks):
     def emptied(self, case, inputs):
         return {k: x.detach()[:0].requires_grad_() for k, x in inputs.items()}
 
+    def test_gradients_in_any_order(self, case, dtype, device):
+        # PyTorch is deterministic where new memory is poisoned.
+        self.test_gradients(case, dtype, device, None)
+
     def test_definition(self, case, device):
         inputs = case.make(torch.float64, device)
         assert_accurate(self.run(case, inputs), definition(**inputs, **case.params))
@@ -188,7 +195,10 @@ def test_second_derivatives_of_one_gradient(device):
         return function
 
     for wanted in range(2):
-        assert torch.autograd.gradcheck(gradient(wanted), (planes, coordinates), fast_mode=True)
+        function = gradient(wanted)
+        assert torch.autograd.gradcheck(
+            function, (planes, coordinates), fast_mode=True, nondet_tol=TestSampleTriplane.any_order
+        )
 
 
 def test_third_derivatives(device):
@@ -199,7 +209,9 @@ def test_third_derivatives(device):
         out = ops.sample_triplane(planes, coordinates)
         return torch.autograd.grad(out.pow(3).sum(), (planes, coordinates), create_graph=True)
 
-    assert torch.autograd.gradgradcheck(gradients, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(
+        gradients, tensors, fast_mode=True, nondet_tol=TestSampleTriplane.any_order
+    )
 
 
 @pytest.mark.parametrize("reduce", [None, "mean"])
@@ -234,6 +246,82 @@ def test_threads_do_not_change_gradients():
     for result in results[1:]:
         for x, y in zip(result, results[0], strict=True):
             assert torch.equal(x, y)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("reduce", [None, "mean"])
+def test_deterministic(dtype, reduce, device):
+    planes = torch.randn(2, 3, 5, 6, 7).to(device, dtype)
+    planes = planes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    positions = points(2, 700)().to(device)
+
+    def run(planes, coordinates):
+        return differentiate(
+            planes.detach().requires_grad_(), coordinates.detach().requires_grad_(), reduce=reduce
+        )
+
+    exact, any_order = run(planes.double(), positions.double()), run(planes, positions)
+    with deterministic():
+        first, second = run(planes, positions), run(planes.contiguous(), positions)
+    for x, y, z, other in zip(first, second, exact, any_order, strict=True):
+        assert choice() == "triton" or torch.equal(x, y)  # whose kernels add in any order
+        assert_accurate(x, z, other)
+
+
+@pytest.mark.parametrize("channels", [3, 300])
+def test_deterministic_sums_are_in_order(channels, device):
+    # All points are in the middle of a pixel. Sums of parts would differ from this one.
+    planes = torch.randn(1, 3, channels, 5, 5, device=device, requires_grad=True)
+    dy = torch.randn(1, 3, 600, channels)
+    want = torch.zeros(3, channels)
+    for m in range(600):
+        want += dy[0, :, m]
+    with deterministic():
+        out = ops.sample_triplane(planes, torch.zeros(1, 600, 3, device=device))
+        got = torch.autograd.grad(out, planes, dy.to(device))[0]
+    got, sums = got.cpu(), got[0, :, :, 2, 2].cpu()
+    assert_accurate(sums, want.double())
+    assert choice() in ("reference", "triton") or torch.equal(sums, want)
+    assert torch.count_nonzero(got) == want.numel()
+
+
+def test_raw_op_refuses_what_it_would_read_out_of_bounds(device):
+    planes, coordinates = torch.randn(2, 3, 4, 5, 5, device=device), torch.rand(2, 6, 3, device=device)
+    if choice() == "triton":
+        return  # whose launchers check nothing
+    raw, rest = torch.ops.fastgen, ([0.5] * 18, False)
+    for wrong in (planes[:, :2], planes[0], planes[..., :0]):
+        with pytest.raises(RuntimeError, match=r"planes must be \[N, 3, C, H, W\]"):
+            raw.sample_triplane(wrong, coordinates, *rest)
+    for wrong in (coordinates[:1], coordinates[..., :2], coordinates[0]):
+        with pytest.raises(RuntimeError, match=r"coordinates must be \[N, M, 3\]"):
+            raw.sample_triplane(planes, wrong, *rest)
+    with pytest.raises(RuntimeError, match="projection must be 18 numbers"):
+        raw.sample_triplane(planes, coordinates, [0.5] * 6, False)
+    dy = raw.sample_triplane(planes, coordinates, *rest)
+    for wrong in (dy[:1], dy[:, 0], dy[..., :3], dy.double()):
+        with pytest.raises(RuntimeError, match="dy has a wrong shape or dtype"):
+            raw.sample_triplane_bwd(wrong, planes, coordinates, *rest, True, True)
+        with pytest.raises(RuntimeError, match="dy has a wrong shape or dtype"):
+            raw.sample_triplane_bwd2(planes, coordinates, wrong, planes, coordinates, *rest, True, True, True)
+    given = dy, planes, coordinates, *rest
+    for wrong in (planes[:1], planes[..., :4], planes.double()):
+        with pytest.raises(RuntimeError, match="ddplanes has a wrong shape or dtype"):
+            raw.sample_triplane_bwd2(wrong, coordinates, *given, True, True, True)
+    for wrong in (coordinates[:1], coordinates[..., :2], coordinates.double()):
+        with pytest.raises(RuntimeError, match="ddcoordinates has a wrong shape or dtype"):
+            raw.sample_triplane_bwd2(planes, wrong, *given, True, True, True)
+    with pytest.raises(RuntimeError, match="second gradient only from ddcoordinates"):
+        raw.sample_triplane_bwd2(planes, None, *given, True, True, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
