@@ -4,10 +4,12 @@
 // FASTGEN_CUDA=host builds it, FASTGEN_BACKEND=cuda-host runs it.
 #pragma once
 #include <pthread.h>
+#include <unistd.h>
 
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -79,30 +81,63 @@ inline std::mutex launching;
 
 enum { syncing, ending, starting };
 
+// As many threads as a block has, which wait for the next launch. A process that forks has them no more.
+class Pool {
+ public:
+  static Pool& of(int threads) {
+    static Pool* pool = nullptr;
+    if (!pool || pool->threads_ != threads || pool->process_ != getpid()) pool = new Pool(threads);
+    return *pool;
+  }
+  void run(const std::function<void(int)>& job) {
+    job_ = &job;
+    begin_.wait();
+    end_.wait();
+  }
+
+ private:
+  explicit Pool(int threads) : threads_(threads), process_(getpid()), begin_(threads + 1), end_(threads + 1) {
+    for (int t = 0; t < threads; ++t) {
+      std::thread([this, t] {
+        for (;;) {
+          begin_.wait();
+          (*job_)(t);
+          end_.wait();
+        }
+      }).detach();
+    }
+  }
+
+  const int threads_;
+  const pid_t process_;
+  Barrier begin_, end_;
+  const std::function<void(int)>* job_ = nullptr;
+};
+
 // Runs body() in `blocks` blocks of `threads` threads that share so many bytes.
 template <class Body>
 void run(int64_t blocks, int threads, int64_t bytes, const Body& body) {
   std::lock_guard<std::mutex> lock(launching);
   Block now(threads, bytes);
   block = &now;
-  std::vector<std::thread> pool;
-  for (int t = 0; t < threads; ++t) {
-    pool.emplace_back([&, t] {
-      threadIdx = {static_cast<unsigned>(t)};
-      blockDim = {static_cast<unsigned>(threads)};
-      gridDim = {static_cast<unsigned>(blocks)};
-      for (int64_t b = 0; b < blocks; ++b) {
-        blockIdx = {static_cast<unsigned>(b)};
-        if (bytes) {
-          if (t == 0) std::memset(now.shared, 0xff, bytes);  // NaN: nothing is there before it is written
-          now.meet(starting);
-        }
-        body();
-        now.meet(ending);
+  Pool::of(threads).run([&](int t) {
+    threadIdx = {static_cast<unsigned>(t)};
+    blockDim = {static_cast<unsigned>(threads)};
+    gridDim = {static_cast<unsigned>(blocks)};
+    Block::turns = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      blockIdx = {static_cast<unsigned>(b)};
+      if (bytes) {
+        if (t == 0) std::memset(now.shared, 0xff, bytes);  // NaN: nothing is there before it is written
+        now.meet(starting);
       }
-    });
-  }
-  for (auto& thread : pool) thread.join();
+      const unsigned before = Block::turns;
+      body();
+      // Threads that did not meet share nothing, and need not wait for each other here.
+      if (bytes || Block::turns != before) now.meet(ending);
+    }
+    now.meet(ending);
+  });
   block = nullptr;
 }
 
