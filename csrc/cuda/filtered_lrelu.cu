@@ -74,8 +74,8 @@ Tensor apply(const Tensor* dy, const Tensor& x, const std::optional<Tensor>& fu,
                            mutable_data<S>(out)};
     arguments.first = taps_of<T>(op, fu, flip_filter, static_cast<double>(up * up), keep_up);
     arguments.last = taps_of<T>(op, fd, flip_filter, 1, keep_down);
+    arguments.second = arguments.last;
     if (backward) {
-      arguments.second = arguments.last;
       arguments.last = arguments.first;
       arguments.second.flip = arguments.last.flip = !flip_filter;
     }
