@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(threads)
 // out [N, M, 3]: the points' gradients, of samples of p and slopes of x; p may have no data. `lanes`, a power
 // of two within a warp, are a point's threads.
 template <class S, int width, bool sloped>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     differentiate_kernel(Table<const S> p, Table<const S> x, const S* __restrict__ dy,
                          accumulator_t<S>* __restrict__ out,
                          const __grid_constant__ Job<accumulator_t<S>> job, int lanes) {

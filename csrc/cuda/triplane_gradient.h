@@ -108,7 +108,7 @@ __device__ inline int64_t count_below(const int64_t* keys, int64_t count, int64_
 
 // A thread makes a channel of a pixel. The cells around it are two pairs of neighbours in the order of keys.
 template <class S>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     collect_kernel(const S* __restrict__ dy, const int64_t* __restrict__ keys,
                    const int64_t* __restrict__ order, Table<S> to,
                    const __grid_constant__ Job<accumulator_t<S>> job, int lanes) {

@@ -253,7 +253,8 @@ def sample_triplane(
     lists of numbers, or a tensor; but that is read on the host at each call: a wait for its device, and no
     tracing by torch.compile or torch.export. They get no gradient.
     Returns:   [N, 3, M, C], or [N, M, C] for the mean over planes, dtype of planes. Planes' gradient comes in
-               their layout; channels-last planes are the fast ones.
+               their layout; channels-last planes are the fast ones. CUDA C++ adds it up by atomics, in any
+               order, but in a fixed one where torch.use_deterministic_algorithms is set.
     Raises:    ValueError on shapes and values, TypeError on dtypes.
     Precision: computes in float32 (float64 for float64); differentiable twice in planes and coordinates.
     Source:    Chan et al. 2022, sec. 3.2.
