@@ -86,7 +86,7 @@ def shifted(
 
 @triton.jit
 def filtered_bias_act_kernel(
-    out_ptr, x_ptr, f_ptr, scale_ptr, noise_ptr, b_ptr,
+    out_ptr, x_ptr, f_ptr, scale_ptr, noise_ptr, b_ptr, next_ptr,
     channels, height, width, out_h, out_w, top, left, fir_gain, alpha, gain, clamp,
     stride_xn, stride_xc, stride_xh, stride_xw, to_01, to_10, to_11,  # elements from image to phases
     stride_nn, stride_nc, stride_nh, stride_nw,
@@ -112,6 +112,8 @@ def filtered_bias_act_kernel(
         stride_nn, stride_nc, stride_nh, stride_nw, FULL,
     )  # fmt: skip
     v = clamped(activation(v, alpha, ACT) * gain, clamp, CLAMPS)
+    if next_ptr is not None:
+        v *= tl.load(next_ptr + n * channels + c, known, 0.0).to(tl.float32)[None, :]
     at = (n * stride_on + y * stride_oh + x * stride_ow)[:, None] + c[None, :] * stride_oc
     tl.store(out_ptr + at, narrowed(v, out_ptr.dtype.element_ty), inside)
 
@@ -212,9 +214,9 @@ def _is_served(x: list[Tensor], f: Tensor | None, *others: Tensor | None) -> boo
 
 
 def filtered_bias_act(
-    x, f, padding, flip_filter, fir_gain, scale, noise, b, act, alpha, gain, clamp, contiguous
+    x, f, padding, flip_filter, fir_gain, scale, noise, b, act, alpha, gain, clamp, next, contiguous
 ):
-    if not _is_served(x, f, scale, noise, b):
+    if not _is_served(x, f, scale, noise, b, next):
         return NotImplemented
     (n, c, *phase), like = x[0].shape, x[0]
 
@@ -230,9 +232,9 @@ def filtered_bias_act(
         tiles = triton.cdiv(out_h, constants["BLOCK_P"] // constants["BLOCK_W"])
         tiles *= triton.cdiv(out_w, constants["BLOCK_W"]) * triton.cdiv(c, constants["BLOCK_C"])
         filtered_bias_act_kernel[(n * tiles,)](
-            out, images[0], packed(f), scales, noise, packed(b), c, *sizes, fir_gain, alpha, gain, clamp,
-            *place, *noise_strides(noise), *out.stride(), **constants, num_warps=config["num_warps"],
-            maxnreg=registers(config["num_warps"]),
+            out, images[0], packed(f), scales, noise, packed(b), packed(next), c, *sizes, fir_gain, alpha,
+            gain, clamp, *place, *noise_strides(noise), *out.stride(), **constants,
+            num_warps=config["num_warps"], maxnreg=registers(config["num_warps"]),
         )  # fmt: skip
         return out
 
@@ -273,5 +275,5 @@ def calls(dtype):
     plain_args = None, [0] * 4, False, 1.0, scale, noise, b, *act
     for x, args in ((up, filter_args), ([whole], filter_args), ([plain], plain_args)):
         for contiguous in (False, True):
-            yield lambda x=x, args=args, contiguous=contiguous: filtered_bias_act(x, *args, contiguous)
+            yield lambda x=x, args=(*args, None, contiguous): filtered_bias_act(x, *args)
         yield lambda x=x, args=args: filtered_bias_act_bwd(plain, x, *args)

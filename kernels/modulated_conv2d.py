@@ -68,7 +68,7 @@ def modulated_weight(weight, styles, demodulate, flip, phases, channels_last, dt
 def channels_last(x, scale):
     nothing = "linear", 0.0, 1.0, -1.0
     return filtered_bias_act.filtered_bias_act(
-        [x], None, [0] * 4, False, 1.0, scale, None, None, *nothing, False
+        [x], None, [0] * 4, False, 1.0, scale, None, None, *nothing, None, False
     )
 
 

@@ -1,7 +1,7 @@
-// What follows a modulated convolution, in one pass over its result: filter, scale, noise, bias, activation.
-// Memory is [N, H, W, C]. An output row is made at once. The input rows under the filter go into padded rows:
-// their weighted sum into one, where the filter is separable, else each into its own. Taps along x are then
-// shifts by whole pixels, so everything is sums of rows of numbers.
+// What follows a modulated convolution, in one pass over its result: filter, scale, noise, bias, activation,
+// and the styles of the next. Memory is [N, H, W, C]. An output row is made at once. The input rows under the
+// filter go into padded rows: their weighted sum into one, where the filter is separable, else each into its
+// own. Taps along x are then shifts by whole pixels, so everything is sums of rows of numbers.
 #include "activate.h"
 #include "fir.h"
 #include "simd.h"
@@ -18,7 +18,7 @@ struct Job {
   int64_t up, heights[2], widths[2], height, width;
   int64_t channels, out_h, out_w, left, top;
   const void* filter;
-  const void *scale, *noise, *bias;  // in the accumulating type, noise and scale or null
+  const void *scale, *noise, *bias, *next;  // in the accumulating type; all but bias may be null
   int64_t noise_strides[4];
   Act act;
   void* out;
@@ -168,6 +168,10 @@ FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
         if constexpr (std::is_same_v<S, T>) to = job.contiguous ? v : out;
         if (!job.dy) {
           map_any<0, T>(v, nullptr, to, size, job.act);
+          const T* next = job.next ? static_cast<const T*>(job.next) + n * C : nullptr;
+          for (int64_t i = 0; next && i < p; ++i) {
+            for (int64_t c = 0; c < C; ++c) to[i * C + c] *= next[c];
+          }
         } else {
           T* g = gradient.data();
           const S* dy = static_cast<const S*>(job.dy) + at;
@@ -223,7 +227,7 @@ struct Parameters {
   const std::vector<int64_t>& padding;
   bool flip_filter;
   double fir_gain;
-  const std::optional<Tensor>&scale, &noise, &b;
+  const std::optional<Tensor>&scale, &noise, &b, &next;
   Act act;
 };
 
@@ -277,16 +281,17 @@ Gradients apply(const Tensor* dy, const Parameters& p, bool contiguous) {
       return torch::stable::empty(shape, wide, std::nullopt, x.device(), std::nullopt, format);
     };
     const auto filter = read_filter<T>(op, p.f, p.flip_filter, p.fir_gain);
-    std::vector<T> bias(C, T(0)), scale;
+    std::vector<T> bias(C, T(0));
     if (p.b) {
       FASTGEN_CHECK(p.b->dim() == 1 && p.b->size(0) == C, op, ": b must have ", C, " elements");
       bias = host_vector<T>(op, *p.b);
     }
-    if (p.scale) {
-      FASTGEN_CHECK(p.scale->dim() == 2 && p.scale->size(0) == N && p.scale->size(1) == C, op,
-                    ": scale must have shape [N, C]");
-      scale = host_vector<T>(op, *p.scale);
-    }
+    const auto rows = [&](const char* name, const std::optional<Tensor>& rows) {
+      FASTGEN_CHECK(!rows || (rows->dim() == 2 && rows->size(0) == N && rows->size(1) == C), op, ": ", name,
+                    " must have shape [N, C]");
+      return rows ? host_vector<T>(op, *rows) : std::vector<T>();
+    };
+    const std::vector<T> scale = rows("scale", p.scale), next = rows("next", p.next);
     if (p.noise) {
       const Tensor& noise = *p.noise;
       FASTGEN_CHECK(noise.dim() == 4 && noise.scalar_type() == wide, op,
@@ -301,6 +306,7 @@ Gradients apply(const Tensor* dy, const Parameters& p, bool contiguous) {
     job.filter = &filter;
     job.bias = bias.data();
     job.scale = p.scale ? scale.data() : nullptr;
+    job.next = p.next ? next.data() : nullptr;
     job.out = out.mutable_data_ptr();
     const int64_t steps = N * ceil_div(job.out_h, rows_of_a_step);
     std::vector<double> sums;
@@ -342,10 +348,10 @@ Tensor filtered_bias_act_cpu(const std::vector<Tensor>& x, const std::optional<T
                              const std::vector<int64_t>& padding, bool flip_filter, double fir_gain,
                              const std::optional<Tensor>& scale, const std::optional<Tensor>& noise,
                              const std::optional<Tensor>& b, const std::string& act, double alpha,
-                             double gain, double clamp, bool contiguous) {
+                             double gain, double clamp, const std::optional<Tensor>& next, bool contiguous) {
   const Act how{activation_of(act), alpha, gain, clamp};
   return std::get<0>(
-      apply(nullptr, {x, f, padding, flip_filter, fir_gain, scale, noise, b, how}, contiguous));
+      apply(nullptr, {x, f, padding, flip_filter, fir_gain, scale, noise, b, next, how}, contiguous));
 }
 
 Gradients filtered_bias_act_bwd_cpu(const Tensor& dy, const std::vector<Tensor>& x,
@@ -354,7 +360,7 @@ Gradients filtered_bias_act_bwd_cpu(const Tensor& dy, const std::vector<Tensor>&
                                     const std::optional<Tensor>& noise, const std::optional<Tensor>& b,
                                     const std::string& act, double alpha, double gain, double clamp) {
   const Act how{activation_of(act), alpha, gain, clamp};
-  return apply(&dy, {x, f, padding, flip_filter, fir_gain, scale, noise, b, how}, false);
+  return apply(&dy, {x, f, padding, flip_filter, fir_gain, scale, noise, b, std::nullopt, how}, false);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._define import has_kernel
+from ..ops.modulated_conv2d import modulated_conv2d_chained, takes_modulated
 
 FILTER = (1, 3, 3, 1)
 NOISE_MODES = ("const", "random", "none")
@@ -179,7 +180,14 @@ class SynthesisLayer(nn.Module):
         self.noise_strength = nn.Parameter(torch.zeros([]))
         self.bias = nn.Parameter(torch.zeros([out_channels]))
 
-    def forward(self, x: Tensor, w: Tensor, noise_mode: str = "random") -> Tensor:  # [N, I, h, w], [N, w_dim]
+    def forward(
+        self,
+        x: Tensor,  # [N, I, h, w]
+        w: Tensor,  # [N, w_dim]
+        noise_mode: str = "random",
+        styles: Tensor | None = None,  # affine(w), if x is multiplied by it already
+        next_styles: Tensor | None = None,  # [N, O]: what the result is to be multiplied by
+    ) -> Tensor:
         """Returns: [N, O, resolution, resolution], in x's dtype."""
         if noise_mode not in NOISE_MODES:
             raise ValueError(f"noise_mode must be one of {', '.join(NOISE_MODES)}, got {noise_mode!r}")
@@ -189,19 +197,22 @@ class SynthesisLayer(nn.Module):
         elif noise_mode == "random":
             shape = [x.shape[0], 1, self.resolution, self.resolution]
             noise = torch.randn(shape, device=x.device) * self.noise_strength
-        return ops.modulated_conv2d(
-            x,
-            self.weight,
-            self.affine(w),
-            noise=noise,
-            up=self.up,
-            padding=self.padding,
-            resample_filter=self.resample_filter,
-            flip_weight=self.up == 1,
-            bias=self.bias,
-            act="lrelu",
-            clamp=self.conv_clamp,
-        )
+        arguments = {
+            "noise": noise,
+            "up": self.up,
+            "padding": self.padding,
+            "resample_filter": self.resample_filter,
+            "flip_weight": self.up == 1,
+            "bias": self.bias,
+            "act": "lrelu",
+            "clamp": self.conv_clamp,
+        }
+        modulated = styles is not None
+        styles = styles if modulated else self.affine(w)
+        if not modulated and next_styles is None:
+            return ops.modulated_conv2d(x, self.weight, styles, **arguments)
+        arguments |= {"modulated": modulated, "next_styles": next_styles}
+        return modulated_conv2d_chained(x, self.weight, styles, **arguments)
 
 
 class ToRGBLayer(nn.Module):
@@ -275,9 +286,12 @@ class SynthesisBlock(nn.Module):
         x = x.to(dtype)
         if self.channels_last and (x.device.type == "cpu" or has_kernel("filtered_bias_act", x)):
             x = x.contiguous(memory_format=torch.channels_last)
+        styles = None
         if self.in_channels != 0:
-            x = self.conv0(x, w[0], noise_mode)
-        x = self.conv1(x, w[self.num_conv - 1], noise_mode)
+            if takes_modulated(x, self.resolution**2, self.conv1.weight):
+                styles = self.conv1.affine(w[1])
+            x = self.conv0(x, w[0], noise_mode, next_styles=styles)
+        x = self.conv1(x, w[self.num_conv - 1], noise_mode, styles)
         y = self.torgb(x, w[self.num_conv]).to(ws.dtype)
         if img is None:
             return x, y

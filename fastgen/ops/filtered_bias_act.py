@@ -1,10 +1,13 @@
 """What follows a modulated convolution, in one pass: filter, scale, noise, bias, activation.
 
-    out = clamp(act(t scale + noise + b) gain),   t = upfirdn2d(x, f, padding, gain=fir_gain)
+    out = clamp(act(t scale + noise + b) gain) next,   t = upfirdn2d(x, f, padding, gain=fir_gain)
 
-For a gradient dy let g be bias_act's, that of t scale + noise + b. Then
+next are the styles of the layer that follows, where its input is to be multiplied here. For a gradient dy let
+g be bias_act's for dy next, that of t scale + noise + b. Then
 
-    dt = g scale,  dscale = sum_hw g t,  dnoise = g,  db = sum_nhw g,  dx = upfirdn2d(dt) with f reversed.
+    dt = g scale,  dscale = sum_hw g t,  dnoise = g,  db = sum_nhw g,  dx = upfirdn2d(dt) with f reversed,
+
+and dnext = sum_hw dy out / next, of an out that is made again.
 
 An image may come as four phases, which nothing has to interleave then: x[2 i + j] are the pixels in rows
 2 m + i and columns 2 m + j. The op is internal: modulated_conv2d runs on it where a kernel is compiled, in
@@ -58,12 +61,14 @@ def filtered_bias_act_reference(
     alpha: float,
     gain: float,
     clamp: float,  # negative: none
+    next: Tensor | None,  # [N, C], float32 (float64 for float64)
     contiguous: bool,  # the result is that, not channels_last
 ) -> Tensor:
     """filtered_bias_act of differentiable ops."""
     v = _shifted(_filtered(x, f, padding, flip_filter, fir_gain), scale, noise)
     b = None if b is None else b.to(v.dtype)
     out = bias_act(v, b, 1, act, alpha, gain, None if clamp < 0 else clamp)
+    out = out if next is None else out * next[:, :, None, None]
     layout = torch.contiguous_format if contiguous else torch.channels_last
     return out.to(x[0].dtype).contiguous(memory_format=layout)
 
@@ -110,13 +115,18 @@ def _fake_bwd(dy, x, f, padding, flip_filter, fir_gain, scale, noise, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    x, f, *ctx.filter_args, scale, noise, b, ctx.act, ctx.alpha, ctx.gain, ctx.clamp, _ = inputs
-    ctx.save_for_backward(*x, f, scale, noise, b)
+    x, f, *ctx.filter_args, scale, noise, b, ctx.act, ctx.alpha, ctx.gain, ctx.clamp, next, _ = inputs
+    ctx.save_for_backward(*x, f, scale, noise, b, next)
 
 
 def _backward(ctx, dy):
-    *x, f, scale, noise, b = ctx.saved_tensors
+    *x, f, scale, noise, b, next = ctx.saved_tensors
     act = ctx.act, ctx.alpha, ctx.gain, ctx.clamp
+    d_next = None
+    if next is not None:
+        y = filtered_bias_act(x, f, *ctx.filter_args, scale, noise, b, *act, None, False)
+        d_next = (wide(dy) * wide(y)).sum([2, 3])
+        dy = (wide(dy) * next[:, :, None, None]).to(dy.dtype)
     dx, d_scale, d_noise, d_b = _filtered_bias_act_bwd(dy, x, f, *ctx.filter_args, scale, noise, b, *act)
     padding, _, fir_gain = ctx.filter_args
     if _filters(f, padding, fir_gain):
@@ -125,7 +135,7 @@ def _backward(ctx, dy):
     d_scale = None if scale is None else d_scale
     d_noise = None if noise is None else d_noise.sum_to_size(noise.shape)
     d_b = None if b is None else d_b.to(b.dtype)
-    return dxs, *[None] * 4, d_scale, d_noise, d_b, *[None] * 5
+    return dxs, *[None] * 4, d_scale, d_noise, d_b, *[None] * 4, d_next, None
 
 
 def _setup_context_bwd(ctx, inputs, output):
@@ -152,7 +162,7 @@ _ARGUMENTS = (
     " Tensor? b, str act, float alpha, float gain, float clamp"
 )
 filtered_bias_act = define(
-    f"filtered_bias_act({_ARGUMENTS}, bool contiguous) -> Tensor",
+    f"filtered_bias_act({_ARGUMENTS}, Tensor? next, bool contiguous) -> Tensor",
     reference=filtered_bias_act_reference,
     fake=_fake,
     backward=_backward,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ._define import (
+    choice,
     define,
     has_kernel,
     is_transformed,
@@ -182,8 +183,8 @@ WIDE = 64
 MANY_PIXELS = {torch.float32: 32 * 32, torch.bfloat16: 64 * 64, torch.float16: 64 * 64, torch.float64: 0}
 
 
-def _is_large(x: Tensor, weight: Tensor) -> bool:
-    taps, pixels = weight[0, 0].numel(), x[:, 0].numel()
+def _is_large(pixels: int, x: Tensor, weight: Tensor) -> bool:
+    taps = weight[0, 0].numel()
     return taps > 1 and min(weight.shape[:2]) >= WIDE and pixels >= MANY_PIXELS[x.dtype]
 
 
@@ -191,24 +192,36 @@ def _records(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _runs_kernels(x: Tensor) -> bool:
+    return has_kernel("filtered_bias_act", x) and not is_transformed()
+
+
+def _has_styled(pixels: int, x: Tensor, weight: Tensor) -> bool:
+    """Does a kernel multiply by the styles as it convolves so many pixels?"""
+    return has_kernel("styled_conv2d", x) and not _is_large(pixels, x, weight)
+
+
 def _fused(
     x, weight, styles, noise, up, down, padding, resample_filter, demodulate, flip_weight, bias, act, alpha,
-    act_gain, clamp,
+    act_gain, clamp, *, modulated=False, next_styles=None,
 ) -> Tensor:  # fmt: skip
-    """In memory [N, H, W, C], with at most one pass after the convolution, where there are kernels for it."""
+    """In memory [N, H, W, C], with at most one pass after the convolution, where there are kernels for it.
+
+    modulated says that x is multiplied by the styles already; the result will be by next_styles.
+    """
     kh, kw = weight.shape[2:]
     transposed = up == 2 and min(*padding, kh - 2, kw - 2) >= 0
-    here = has_kernel("filtered_bias_act", x) and not is_transformed()
-    if not (here and down == 1 and (up == 1 or transposed)):
-        return modulated_conv2d_reference(
+    if not (_runs_kernels(x) and down == 1 and (up == 1 or transposed)):
+        y = modulated_conv2d_reference(
             x, weight, styles, noise, up, down, padding, resample_filter, demodulate, flip_weight, bias, act,
             alpha, act_gain, clamp,
         )  # fmt: skip
+        return y if next_styles is None else y * next_styles.to(y.dtype)[:, :, None, None]
     contiguous = memory_format(x) == torch.contiguous_format
     records = _records(x, weight, styles)
     flip = flip_weight == (up > 1)
     single = x.shape[0] == 1
-    styled = has_kernel("styled_conv2d", x) and not _is_large(x, weight)
+    styled = _has_styled(x[:, 0].numel(), x, weight)
     winograd = x.device.type == "cpu" and not styled and pays(x, weight, padding)
     # A GPU's transposed convolution does not multiply by zeros either, and is one launch.
     phases = up > 1 and x.device.type == "cpu" and not styled
@@ -220,12 +233,13 @@ def _fused(
             weight.float(), styles, demodulate, flip, phases, up > 1 or not winograd, x.dtype
         )
         d = d if d.shape[0] else None
-        s = None if single else styles
-        if not styled and (contiguous or not single):
+        s = None if single or modulated else styles
+        if not styled and (contiguous or s is not None):
             x = _channels_last(x, s)
     else:
         s, w, d = _modulation(weight, styles, x.dtype, demodulate)
         w, s, d = (_folded(w, s, d), None, None) if _folds(x, weight, up) else (w, s.to(x.dtype), d)
+        s = None if modulated else s
         if not styled:
             x = x.contiguous(memory_format=torch.channels_last)
             x = x if s is None else x * s[:, :, None, None]
@@ -235,20 +249,23 @@ def _fused(
     alpha, act_gain, clamp = check_act("modulated_conv2d", act, alpha, act_gain, clamp)
     if noise is not None:
         noise = noise.to(wide_dtype(x)).view((1,) * (4 - noise.ndim) + noise.shape)
-    tail = act, alpha, act_gain, clamp, contiguous
+    tail = act, alpha, act_gain, clamp
     f, filter_padding = None, [0] * 4
     if up > 1:
         f, filter_padding = resample_filter, padding_after_transposed(padding, kh, kw, up)
     if styled:
         s = None if s is None else s.to(wide_dtype(x))
-        if up == 1 and not _records(x, weight, styles, noise, bias):
-            return styled_conv2d_act(x, *weights, s, d, noise, bias, padding, *tail)
+        if up == 1 and next_styles is None and not _records(x, weight, styles, noise, bias):
+            return styled_conv2d_act(x, *weights, s, d, noise, bias, padding, *tail, contiguous)
         y = [styled_conv2d(x, *weights, s, padding, up)]
     elif up == 1:
         y = [conv3x3(x, *weights) if winograd else convolve(x, *weights, padding)]
     else:
         y = convolve_transposed(x, weights)
-    return filtered_bias_act(y, f, filter_padding, False, float(up**2), d, noise, bias, *tail)
+    next_styles = None if next_styles is None else next_styles.to(wide_dtype(x))
+    return filtered_bias_act(
+        y, f, filter_padding, False, float(up**2), d, noise, bias, *tail, next_styles, contiguous
+    )
 
 
 _modulated_conv2d = define(
@@ -314,4 +331,29 @@ def modulated_conv2d(
     return call_autocast(
         _modulated_conv2d, x, weight, styles, noise, up, down, padding, resample_filter, bool(demodulate),
         bool(flip_weight), bias, act, alpha, act_gain, clamp,
+    )  # fmt: skip
+
+
+def takes_modulated(x: Tensor, pixels: int, weight: Tensor) -> bool:
+    """Should what makes an input like x, but of so many pixels, also multiply it by the next layer's styles?
+
+    So it is in inference where modulated_conv2d would do that in a pass of its own.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or choice() == "reference":
+        return False
+    short = x.dtype in (torch.float32, torch.bfloat16) and weight.dtype != torch.float64
+    plain = _runs_kernels(x) and not torch.is_autocast_enabled(x.device.type)
+    return plain and short and x.shape[0] > 1 and not _has_styled(x.shape[0] * pixels, x, weight)
+
+
+def modulated_conv2d_chained(
+    x, weight, styles, *, noise, up, padding, resample_filter, flip_weight, bias, act, clamp, modulated,
+    next_styles,
+) -> Tensor:  # fmt: skip
+    """modulated_conv2d, of an x that is multiplied by the styles already where it is `modulated`, as
+    takes_modulated said; and the result times next_styles [N, O], if not None."""
+    padding = check_resample("modulated_conv2d", x, weight, resample_filter, up, 1, padding)
+    return _fused(
+        x, weight, styles, noise, up, 1, padding, resample_filter, True, flip_weight, bias, act, None, None,
+        clamp, modulated=modulated, next_styles=next_styles,
     )  # fmt: skip

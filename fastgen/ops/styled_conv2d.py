@@ -55,7 +55,7 @@ def styled_conv2d_act_reference(
     """clamp(act(styled_conv2d(x) d + noise + b) gain), the tail as filtered_bias_act has it."""
     y = styled_conv2d_reference(x, weight, s, padding, 1)
     return filtered_bias_act_reference(
-        [y], None, [0] * 4, False, 1.0, d, noise, b, act, alpha, gain, clamp, contiguous
+        [y], None, [0] * 4, False, 1.0, d, noise, b, act, alpha, gain, clamp, None, contiguous
     )
 
 

@@ -1,14 +1,23 @@
 """The teacher: equal to the original on the golden checkpoint, full-size state, trainable, clear errors."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from accuracy import assert_accurate
 
 import fastgen
 from fastgen import presets
-from fastgen.models.layers import FullyConnectedLayer, SynthesisLayer, ToRGBLayer, compute_in
+from fastgen.models import layers
+from fastgen.models.layers import (
+    FullyConnectedLayer,
+    SynthesisBlock,
+    SynthesisLayer,
+    ToRGBLayer,
+    compute_in,
+)
 from fastgen.models.superresolution import SuperResolution
 from fastgen.models.teacher import Teacher
 
@@ -327,3 +336,28 @@ def test_equalised_layer(shape, bias):
     torch.testing.assert_close(layer(x), want)
     torch.testing.assert_close(layer(x, 3.0), want * 3)
     assert torch.autograd.gradcheck(layer, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("up", [True, False])
+@torch.no_grad()
+def test_styles_handed_over(up, dtype, device, monkeypatch):
+    # conv0 multiplies by conv1's styles where that would take a pass of its own; or it does not.
+    block = SynthesisBlock(16, 24, 32, 16, 3, up=up, conv_clamp=256).to(device)
+    block.conv0.noise_strength.fill_(0.5)
+    side = 8 if up else 16
+    x, ws = torch.randn(3, 16, side, side, device=device).bfloat16(), torch.randn(3, 3, 32, device=device)
+    taken = []
+
+    def run(block, dtype, take=layers.takes_modulated):
+        monkeypatch.setattr(layers, "takes_modulated", lambda *args: taken.append(take(*args)) or taken[-1])
+        block.compute_dtype = dtype
+        return block(x.to(dtype), None, ws.to(block.conv0.weight.dtype), "const")[0]
+
+    got = [run(block, dtype), run(block, dtype, lambda *_: False)]
+    if fastgen.ops._define.choice() == "auto" and device == "cpu":
+        assert taken[0] == fastgen._backends.compiled("cpu")
+    with fastgen.backend("reference"):
+        same, exact = run(block, dtype), run(copy.deepcopy(block).double(), torch.float64)
+    for each in got:
+        assert_accurate(each, exact, same)
