@@ -37,7 +37,7 @@ struct Call {
     while (job.lanes < 32 && job.lanes * width < job.channels) job.lanes *= 2;
     const int64_t images = x.size(0), tiles = job.tiles_y * job.tiles_x, groups = threads / job.lanes;
     // Up to four tiles a thread, where enough blocks for any GPU are left.
-    job.steps = static_cast<int>(std::clamp<int64_t>(images * tiles / (groups * 512), 1, 4));
+    job.steps = static_cast<int>(std::clamp<int64_t>(images * tiles / (groups * busy), 1, 4));
     job.blocks = ceil_div(tiles, groups * job.steps);
     for (T** to : {&job.d_scale, &job.d_bias}) {
       sums.push_back(on.empty(x, {images, job.blocks, job.channels}, wide<T>));

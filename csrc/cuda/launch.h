@@ -22,6 +22,12 @@
 namespace fastgen {
 
 constexpr int threads = 256;  // a block
+// So many blocks keep any GPU busy; on the CPU tests are to see what is done where there are more.
+#ifdef FASTGEN_CUDA_HOST
+constexpr int64_t busy = 1;
+#else
+constexpr int64_t busy = 512;
+#endif
 
 // In module.cpp: what this library was built with and for, and what it has.
 extern const char* const build;
