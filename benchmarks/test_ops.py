@@ -12,6 +12,8 @@ import torch
 from conftest import DEVICE, DTYPES, ROUTES, on_route, scaled
 
 from fastgen import ops
+from fastgen.ops._define import wide_dtype
+from fastgen.ops.filtered_bias_act import filtered_bias_act
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 F4 = ops.setup_filter([1, 3, 3, 1])
@@ -41,6 +43,14 @@ def filtered_lrelu(x, b, f, w, s):
     return ops.filtered_lrelu(x, f, f, b, up=2, down=2, padding=[11, 10, 11, 10], clamp=256)
 
 
+def post_kernel(x, b, f, w, s):
+    """What follows the transposed convolution of an up layer, the styles of the next layer included."""
+    s = s.to(wide_dtype(x))
+    noise = s.new_ones(1, 1, *x.shape[2:])
+    act = "lrelu", 0.2, 2**0.5, 256.0
+    return filtered_bias_act([x], f, [2, 1, 2, 1], False, 4.0, s, noise, b, *act, s, x.is_contiguous())
+
+
 def modulated(up: int):
     def run(x, b, f, w, s):
         noise = torch.ones(x.shape[2] * up, x.shape[3] * up, dtype=x.dtype, device=x.device)
@@ -63,6 +73,7 @@ CASES = [
         5,
     ),
     Case("bias_act_swish", 128, 512, lambda x, b, f, w, s: ops.bias_act(x, b, act="swish"), 12),
+    Case("post_kernel", 128, 512, post_kernel, 42),
     # 12 + 24 products up, 24 + 12 down, and 4 activations.
     Case("filtered_lrelu", 64, 128, filtered_lrelu, 164, f=low_pass(12)),
     Case("modulated_conv2d_up2", 256, 256, modulated(2), 2 * 256 * 9 / 4, 128),

@@ -17,6 +17,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,13 +129,18 @@ def faults(library: Path, table: list[Instance]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastgen.kernels.sass", description=__doc__)
-    parser.parse_args()
-    library = find_library()
-    table = inspect(library)
+    parser.add_argument("wheel", type=Path, nargs="?", help="look at the library in it")
+    wheel = parser.parse_args().wheel
+    with tempfile.TemporaryDirectory() as folder:
+        if wheel is None:
+            library = find_library()
+        else:
+            library = Path(zipfile.ZipFile(wheel).extract("fastgen/_cuda.abi3.so", folder))
+        table = inspect(library)
+        found = faults(library, table)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["kernel", "arch", "instances", "registers", "stack", "shared", "16-byte loads"])
     writer.writerows(summary(table))
-    found = faults(library, table)
     for fault in found:
         print(fault, file=sys.stderr)
     return 1 if found else 0

@@ -40,7 +40,7 @@ struct Call {
     job.steps = static_cast<int>(std::clamp<int64_t>(images * tiles / (groups * busy), 1, 4));
     job.blocks = ceil_div(tiles, groups * job.steps);
     for (T** to : {&job.d_scale, &job.d_bias}) {
-      sums.push_back(on.empty(x, {images, job.blocks, job.channels}, wide<T>));
+      sums.push_back(on.empty(x, std::vector<int64_t>{images, job.blocks, job.channels}, wide<T>));
       *to = mutable_data<T>(sums.back());
     }
     on.run(filtered_bias_act_bwd_kernel<S, taps, tile, width>, images * job.blocks, threads, 0, job);
@@ -129,7 +129,7 @@ Gradients apply(const Launch& on, const Tensor* dy, const Parameters& p, bool co
   job.clamp = static_cast<T>(p.clamp);
   job.contiguous = contiguous;
 
-  Tensor out = on.empty(x, {N, C, job.out_h, job.out_w}, x.scalar_type(),
+  Tensor out = on.empty(x, std::vector<int64_t>{N, C, job.out_h, job.out_w}, x.scalar_type(),
                         contiguous ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
   const auto numbers = [&](const Tensor& x) {
     Tensor y = torch::stable::contiguous(torch::stable::to(x, wide<T>));
@@ -166,8 +166,9 @@ Gradients apply(const Launch& on, const Tensor* dy, const Parameters& p, bool co
   check_like(op, out, "dy", *dy);
   call.job.dy = channels_last(*dy);
   call.job.full = p.noise && p.noise->size(1) != 1;
-  Tensor d_noise = on.empty(x, {p.noise ? N : 0, call.job.full ? C : 1, job.out_h, job.out_w}, wide<T>,
-                            MemoryFormat::ChannelsLast);
+  Tensor d_noise =
+      on.empty(x, std::vector<int64_t>{p.noise ? N : 0, call.job.full ? C : 1, job.out_h, job.out_w}, wide<T>,
+               MemoryFormat::ChannelsLast);
   call.job.d_noise = p.noise ? mutable_data<T>(d_noise) : nullptr;
   call.run(true, aligned);
   const int64_t blocks[] = {1}, images[] = {0, 1};

@@ -55,10 +55,12 @@ Tensor apply(const Tensor* dy, const Tensor& x, const std::optional<Tensor>& fu,
   const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
   const auto laid_out = [&](const Tensor& tensor) {
     if (channels_last ? is_channels_last(tensor) : tensor.is_contiguous()) return tensor;
-    Tensor copy = on.empty(x, {N, C, tensor.size(2), tensor.size(3)}, x.scalar_type(), format);
+    Tensor copy =
+        on.empty(x, std::vector<int64_t>{N, C, tensor.size(2), tensor.size(3)}, x.scalar_type(), format);
     return torch::stable::copy_(copy, tensor);
   };
-  Tensor out = on.empty(x, {N, C, job.last.y.out, job.last.x.out}, x.scalar_type(), format);
+  Tensor out =
+      on.empty(x, std::vector<int64_t>{N, C, job.last.y.out, job.last.x.out}, x.scalar_type(), format);
   if (!out.numel()) return out;
   const Tensor source = laid_out(x), gradient = dy ? laid_out(*dy) : source;
   const Tensor biases = b ? torch::stable::contiguous(torch::stable::to(*b, x.scalar_type())) : x;

@@ -156,7 +156,7 @@ struct Call {
 
   // The points' gradients in these, in the coordinates' dtype.
   Tensor differentiate(const Tensor* p, const Tensor& x, const Tensor& dy, ScalarType type) const {
-    const Tensor out = on.empty(x, {job.N, job.M, 3}, wide);
+    const Tensor out = on.empty(x, std::vector<int64_t>{job.N, job.M, 3}, wide);
     const bool packs = has_packs<S>(x) && (!p || has_packs<S>(*p)) && is_aligned(dy);
     int lanes = 1;
     while (lanes < 32 && lanes * (packs ? widest<S> : 1) < job.C) lanes *= 2;
@@ -182,8 +182,9 @@ struct Call {
     if (direct) {
       torch::stable::zero_(sums);
     } else {
-      sums = torch::stable::permute(on.zeros(out, {job.N, 3, int64_t(job.H), int64_t(job.W), job.C}, wide),
-                                    {0, 1, 4, 2, 3});
+      sums = torch::stable::permute(
+          on.zeros(out, std::vector<int64_t>{job.N, 3, int64_t(job.H), int64_t(job.W), job.C}, wide),
+          {0, 1, 4, 2, 3});
     }
     on.run(scatter_kernel<S>, job.N * ceil_div(job.M, threads) * 3, threads, 0, data<S>(dy), table<T>(sums),
            job);
@@ -207,7 +208,7 @@ struct Call {
 
   void collect(const Tensor& dy, Tensor& out) const {
     const int64_t count = job.N * 3 * job.M;
-    const Tensor keys = on.empty(dy, {count}, ScalarType::Long);
+    const Tensor keys = on.empty(dy, std::vector<int64_t>{count}, ScalarType::Long);
     on.run(keys_kernel<T>, ceil_div(count, threads), threads, 0, mutable_data<int64_t>(keys), job);
     const auto [sorted, order] = sort(on, keys);
     const int lanes = static_cast<int>(std::min<int64_t>(threads, job.C));
@@ -270,8 +271,8 @@ std::tuple<Tensor, Tensor> sample_triplane_bwd_cuda(const Tensor& dy, const Tens
   check(planes, coordinates, projection);
   check_like("dy", dy, samples_shape(planes, coordinates, mean), planes.scalar_type(), planes);
   const Tensor g = torch::stable::contiguous(dy);
-  Tensor dplanes = on.empty(planes, {0}, planes.scalar_type());
-  Tensor dcoordinates = on.empty(coordinates, {0}, coordinates.scalar_type());
+  Tensor dplanes = on.empty(planes, std::vector<int64_t>{0}, planes.scalar_type());
+  Tensor dcoordinates = on.empty(coordinates, std::vector<int64_t>{0}, coordinates.scalar_type());
   dispatch(on.op(), planes.scalar_type(), [&](auto zero) {
     const Call<decltype(zero)> call(on, planes, coordinates, projection, mean);
     if (need_coordinates) dcoordinates = call.differentiate(&planes, planes, g, coordinates.scalar_type());
@@ -299,8 +300,8 @@ std::tuple<Tensor, Tensor, Tensor> sample_triplane_bwd2_cuda(
   const Tensor g = torch::stable::contiguous(dy);
   const Tensor* p = ddplanes ? &*ddplanes : nullptr;
   Tensor ddy = on.empty(planes, need_dy ? shape : std::vector<int64_t>{0}, type);
-  Tensor dplanes = on.empty(planes, {0}, type);
-  Tensor dcoordinates = on.empty(coordinates, {0}, coordinates.scalar_type());
+  Tensor dplanes = on.empty(planes, std::vector<int64_t>{0}, type);
+  Tensor dcoordinates = on.empty(coordinates, std::vector<int64_t>{0}, coordinates.scalar_type());
   dispatch(on.op(), type, [&](auto zero) {
     const Call<decltype(zero)> call(on, planes, coordinates, projection, mean, ddcoordinates);
     if (need_dy) call.sample(p, planes, ddy);

@@ -261,7 +261,7 @@ Tensor upfirdn2d_cuda(const Tensor& x, const std::optional<Tensor>& f, const std
   job.images = channels_last ? N : N * C;
   job.x = axis(0, x.size(3), f ? f->size(f->dim() - 1) : 1);
   job.y = axis(1, x.size(2), f ? f->size(0) : 1);
-  Tensor out = on.empty(x, {N, C, job.y.out, job.x.out}, x.scalar_type(), format);
+  Tensor out = on.empty(x, std::vector<int64_t>{N, C, job.y.out, job.x.out}, x.scalar_type(), format);
   if (!out.numel()) return out;
   dispatch(op, x.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
