@@ -103,7 +103,7 @@ struct LoopSizes {
 };
 
 template <class S, bool backward>
-__global__ void __launch_bounds__(threads, 2) loops_kernel(Arguments<S> a, Job job) {
+__global__ void __launch_bounds__(threads, 2) filtered_lrelu_loops_kernel(Arguments<S> a, Job job) {
   using T = accumulator_t<S>;
   const LoopSizes sizes(a, job, backward);
   T* const inputs = shared_memory<T>();
@@ -151,7 +151,7 @@ void run_loops(const Launch& on, const Arguments<S>& arguments, Job job) {
                   " bytes of a block's memory, of ", most_memory);
     side = (side + 1) / 2;
   }
-  launch(on, loops_kernel<S, backward>, bytes(), arguments, job);
+  launch(on, filtered_lrelu_loops_kernel<S, backward>, bytes(), arguments, job);
 }
 
 }  // namespace

@@ -159,8 +159,9 @@ __host__ __device__ __forceinline__ void set_known(Job& job) {
   }
 }
 
-template <class S, int up, int down, bool backward, int channels>
-__global__ void __launch_bounds__(threads, backward ? 2 : 3) strips_kernel(Arguments<S> a, Job job) {
+template <class S, int up, int down, int channels, bool backward>
+__global__ void __launch_bounds__(threads, backward ? 2 : 3)
+    filtered_lrelu_strips_kernel(Arguments<S> a, Job job) {
   using T = accumulator_t<S>;
   constexpr int step = backward ? up : down, strip = row_strip<step>;
   constexpr int fine = (strip + lobes - 1) * step;  // what a strip of results sees
@@ -265,7 +266,8 @@ void run_strips(const Launch& on, const Arguments<S>& arguments, Job job) {
   job.block_c = channels;
   job.block_x = tile_width<step, channels>;
   job.block_y = static_cast<int>(ceil_div(ceil_div(job.last.y.out, tiles), result_strip)) * result_strip;
-  launch(on, strips_kernel<S, up, down, backward, channels>, bytes(job.block_y), arguments, job);
+  launch(on, filtered_lrelu_strips_kernel<S, up, down, channels, backward>, bytes(job.block_y), arguments,
+         job);
 }
 
 template <class S, bool backward, int up, int down>

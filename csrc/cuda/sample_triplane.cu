@@ -11,9 +11,9 @@ namespace {
 
 // out: samples of p and slopes of x; p may have no data.
 template <class S, int width, bool sloped>
-__global__ void __launch_bounds__(threads)
-    sample_kernel(Table<const S> p, Table<const S> x, S* __restrict__ out,
-                  const __grid_constant__ Job<accumulator_t<S>> job, int lanes) {
+__global__ void __launch_bounds__(threads, 2)
+    sample_triplane_kernel(Table<const S> p, Table<const S> x, S* __restrict__ out,
+                           const __grid_constant__ Job<accumulator_t<S>> job, int lanes) {
   using T = accumulator_t<S>;
   const int per = threads / lanes, s = threadIdx.x / lanes;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * per;
@@ -53,9 +53,9 @@ __global__ void __launch_bounds__(threads)
 // of two within a warp, are a point's threads.
 template <class S, int width, bool sloped>
 __global__ void __launch_bounds__(threads, 2)
-    differentiate_kernel(Table<const S> p, Table<const S> x, const S* __restrict__ dy,
-                         accumulator_t<S>* __restrict__ out,
-                         const __grid_constant__ Job<accumulator_t<S>> job, int lanes) {
+    sample_triplane_bwd_points_kernel(Table<const S> p, Table<const S> x, const S* __restrict__ dy,
+                                      accumulator_t<S>* __restrict__ out,
+                                      const __grid_constant__ Job<accumulator_t<S>> job, int lanes) {
   using T = accumulator_t<S>;
   const int per = threads / lanes, s = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * per, point = first + s;
@@ -148,9 +148,10 @@ struct Call {
     if (!out.numel()) return;
     const bool packs = has_packs<S>(x) && (!p || has_packs<S>(*p));
     const int lanes = static_cast<int>(std::min<int64_t>(threads, job.C / (packs ? widest<S> : 1)));
-    const auto kernel = job.directions ? packs ? sample_kernel<S, widest<S>, true> : sample_kernel<S, 1, true>
-                        : packs        ? sample_kernel<S, widest<S>, false>
-                                       : sample_kernel<S, 1, false>;
+    const auto kernel = job.directions ? packs ? sample_triplane_kernel<S, widest<S>, true>
+                                               : sample_triplane_kernel<S, 1, true>
+                        : packs        ? sample_triplane_kernel<S, widest<S>, false>
+                                       : sample_triplane_kernel<S, 1, false>;
     run_on_points(kernel, threads / lanes, table(p), table(&x), mutable_data<S>(out), job, lanes);
   }
 
@@ -160,10 +161,10 @@ struct Call {
     const bool packs = has_packs<S>(x) && (!p || has_packs<S>(*p)) && is_aligned(dy);
     int lanes = 1;
     while (lanes < 32 && lanes * (packs ? widest<S> : 1) < job.C) lanes *= 2;
-    const auto kernel =
-        job.directions ? packs ? differentiate_kernel<S, widest<S>, true> : differentiate_kernel<S, 1, true>
-        : packs        ? differentiate_kernel<S, widest<S>, false>
-                       : differentiate_kernel<S, 1, false>;
+    const auto kernel = job.directions ? packs ? sample_triplane_bwd_points_kernel<S, widest<S>, true>
+                                               : sample_triplane_bwd_points_kernel<S, 1, true>
+                        : packs        ? sample_triplane_bwd_points_kernel<S, widest<S>, false>
+                                       : sample_triplane_bwd_points_kernel<S, 1, false>;
     run_on_points(kernel, threads / lanes, table(p), table(&x), data<S>(dy), mutable_data<T>(out), job,
                   lanes);
     return torch::stable::to(out, type);
@@ -186,8 +187,8 @@ struct Call {
           on.zeros(out, std::vector<int64_t>{job.N, 3, int64_t(job.H), int64_t(job.W), job.C}, wide),
           {0, 1, 4, 2, 3});
     }
-    on.run(scatter_kernel<S>, job.N * ceil_div(job.M, threads) * 3, threads, 0, data<S>(dy), table<T>(sums),
-           job);
+    on.run(sample_triplane_bwd_kernel<S>, job.N * ceil_div(job.M, threads) * 3, threads, 0, data<S>(dy),
+           table<T>(sums), job);
     return direct ? out : torch::stable::copy_(out, sums);
   }
 
@@ -209,11 +210,12 @@ struct Call {
   void collect(const Tensor& dy, Tensor& out) const {
     const int64_t count = job.N * 3 * job.M;
     const Tensor keys = on.empty(dy, std::vector<int64_t>{count}, ScalarType::Long);
-    on.run(keys_kernel<T>, ceil_div(count, threads), threads, 0, mutable_data<int64_t>(keys), job);
+    on.run(sample_triplane_keys_kernel<T>, ceil_div(count, threads), threads, 0, mutable_data<int64_t>(keys),
+           job);
     const auto [sorted, order] = sort(on, keys);
     const int lanes = static_cast<int>(std::min<int64_t>(threads, job.C));
-    on.run(collect_kernel<S>, ceil_div(job.N * 3 * job.H * job.W, threads / lanes), threads, 0, data<S>(dy),
-           data<int64_t>(sorted), data<int64_t>(order), table<S>(out), job, lanes);
+    on.run(sample_triplane_bwd_ordered_kernel<S>, ceil_div(job.N * 3 * job.H * job.W, threads / lanes),
+           threads, 0, data<S>(dy), data<int64_t>(sorted), data<int64_t>(order), table<S>(out), job, lanes);
   }
 };
 

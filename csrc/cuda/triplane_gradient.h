@@ -20,8 +20,8 @@ namespace {
 // each group of threads, one a channel, a run.
 template <class S>
 __global__ void __launch_bounds__(threads)
-    scatter_kernel(const S* __restrict__ dy, Table<accumulator_t<S>> to,
-                   const __grid_constant__ Job<accumulator_t<S>> job) {
+    sample_triplane_bwd_kernel(const S* __restrict__ dy, Table<accumulator_t<S>> to,
+                               const __grid_constant__ Job<accumulator_t<S>> job) {
   using T = accumulator_t<S>;
   // Of a point's four pixels, by the parity of column and row; an offset below zero is outside.
   alignas(16) __shared__ T weights[threads][4];
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(threads)
 // first.
 template <class T>
 __global__ void __launch_bounds__(threads)
-    keys_kernel(int64_t* __restrict__ keys, const __grid_constant__ Job<T> job) {
+    sample_triplane_keys_kernel(int64_t* __restrict__ keys, const __grid_constant__ Job<T> job) {
   const int64_t item = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (item >= job.N * 3 * job.M) return;
   int64_t n = item;
@@ -109,9 +109,9 @@ __device__ inline int64_t count_below(const int64_t* keys, int64_t count, int64_
 // A thread makes a channel of a pixel. The cells around it are two pairs of neighbours in the order of keys.
 template <class S>
 __global__ void __launch_bounds__(threads, 2)
-    collect_kernel(const S* __restrict__ dy, const int64_t* __restrict__ keys,
-                   const int64_t* __restrict__ order, Table<S> to,
-                   const __grid_constant__ Job<accumulator_t<S>> job, int lanes) {
+    sample_triplane_bwd_ordered_kernel(const S* __restrict__ dy, const int64_t* __restrict__ keys,
+                                       const int64_t* __restrict__ order, Table<S> to,
+                                       const __grid_constant__ Job<accumulator_t<S>> job, int lanes) {
   using T = accumulator_t<S>;
   __shared__ int64_t bounds[threads][2][2];
   const int per = threads / lanes, s = threadIdx.x / lanes;
