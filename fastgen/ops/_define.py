@@ -305,7 +305,7 @@ def _fresh(function: Callable) -> Callable:
             return out.clone() if isinstance(out, Tensor) and out.untyped_storage()._cdata in taken else out
 
         out = function(*args)
-        return tuple(map(own, out)) if isinstance(out, tuple) else own(out)
+        return type(out)(map(own, out)) if isinstance(out, tuple | list) else own(out)
 
     return run
 

@@ -159,3 +159,9 @@ def test_export_of_composed_ops(name):
     got, want = exported.module()(x), EXPORTED[name](x)
     for a, b in zip(*((y if isinstance(y, tuple) else (y,)) for y in (got, want)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_what_an_op_returns_is_its_own():
+    x = torch.ones(2)
+    for out in (_define._fresh(lambda x: x)(x), *_define._fresh(lambda x: [x, x + 1])(x)):
+        assert out.data_ptr() != x.data_ptr()
