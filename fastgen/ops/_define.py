@@ -228,10 +228,10 @@ def _has_kernel(name: str, key: str, space: str = "fastgen") -> bool:
 
 def served(op: str) -> dict[str, tuple[str, str]]:
     """Per device type: the backend that calls of `op` reach, and why nothing better is there."""
-    if op not in _defaults:
-        return dict.fromkeys(("cpu", "cuda"), ("composed", ""))  # of other ops
     if _choice == "reference":
         return dict.fromkeys(("cpu", "cuda"), ("reference", "chosen"))
+    if op not in _defaults:
+        return dict.fromkeys(("cpu", "cuda"), ("composed", ""))  # of other ops
     plan = {"cpu": _served_on_cpu(op), "cuda": cuda_plan()[op]}
     if _choice == "triton" and op in _launchers:
         plan["cuda"] = "triton", ""
