@@ -1,6 +1,7 @@
 // The activations of bias_act with their first two derivatives, for the host and the device.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "common.h"
 
@@ -207,6 +208,37 @@ FASTGEN_INLINE T activate(T v, T g, T alpha, T gain, T clamp) {
     const T d = order == 1 ? first_derivative<A>(v, alpha) : second_derivative<A>(v, alpha);
     const bool inside = clamp < 0 || (y > -clamp && y < clamp);
     return inside ? d * gain * g : T(0);
+  }
+}
+
+template <Activation A>
+using Is = std::integral_constant<Activation, A>;
+
+// f of the activation, as a constant; of the device's functions in a kernel, which nvcc would warn of.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class F>
+FASTGEN_INLINE void with_activation(Activation act, const F& f) {
+  switch (act) {
+    case Activation::linear:
+      return f(Is<Activation::linear>{});
+    case Activation::relu:
+      return f(Is<Activation::relu>{});
+    case Activation::lrelu:
+      return f(Is<Activation::lrelu>{});
+    case Activation::tanh:
+      return f(Is<Activation::tanh>{});
+    case Activation::sigmoid:
+      return f(Is<Activation::sigmoid>{});
+    case Activation::elu:
+      return f(Is<Activation::elu>{});
+    case Activation::selu:
+      return f(Is<Activation::selu>{});
+    case Activation::softplus:
+      return f(Is<Activation::softplus>{});
+    case Activation::swish:
+      return f(Is<Activation::swish>{});
   }
 }
 

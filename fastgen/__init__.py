@@ -29,7 +29,7 @@ keep_memory = _backends.keep_memory
 _FROM = {
     "ops": ".ops",
     "camera": ".camera",
-    "backend": ".ops._define",
+    "backend": ".ops._dispatch",
     "empty_workspace": ".ops._define",
     "graphed": ".models.graphs",
     "load_teacher": ".checkpoint",

@@ -2,7 +2,7 @@
 
 `load` runs once, at `import fastgen`: it loads the compiled libraries that were built. The CPU's kernels
 register themselves with the PyTorch dispatcher; CUDA's do so at the first call on a CUDA tensor (see
-ops/_define.py), if `status` finds that they run here. A library that is missing, cannot be loaded, or was
+ops/_dispatch.py), if `status` finds that they run here. A library that is missing, cannot be loaded, or was
 built for another CUDA or for other devices is not an error: Triton or the reference serves, and `status` has
 the exact reason.
 """

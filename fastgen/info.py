@@ -64,11 +64,11 @@ def backends() -> dict[str, dict[str, bool | str]]:
 
 def served() -> dict[str, dict[str, dict[str, str]]]:
     """Per op and device type: the backend that serves it, and why not a faster one."""
-    from .ops import _define  # with all of them
+    from .ops import _dispatch  # with all of them
 
     names = [n.split("::") for n in torch._C._dispatch_get_all_op_names()]
     return {
-        op: {device: {"backend": by, "why": why} for device, (by, why) in _define.served(op).items()}
+        op: {device: {"backend": by, "why": why} for device, (by, why) in _dispatch.served(op).items()}
         for op in sorted(
             name
             for space, name in names

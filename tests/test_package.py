@@ -18,7 +18,7 @@ import torch
 import fastgen
 from fastgen import _backends
 from fastgen.kernels import sass
-from fastgen.ops import _define
+from fastgen.ops import _dispatch
 
 ROOT = Path(__file__).parents[1]
 COMPILED = (
@@ -46,9 +46,9 @@ def test_cpu_library_serves_its_ops():
     usable, where = _backends.status()["cpu"]
     assert usable, where
     for op in COMPILED:
-        assert _define.served(op)["cpu"] == ("cpu", "")
-    assert _define.served("grid_sample")["cpu"][0] == "reference"
-    assert _define.served("modulated_conv2d")["cpu"][0] == "composed"
+        assert _dispatch.served(op)["cpu"] == ("cpu", "")
+    assert _dispatch.served("grid_sample")["cpu"][0] == "reference"
+    assert _dispatch.served("modulated_conv2d")["cpu"][0] == "composed"
 
 
 def test_status_gives_a_reason_for_what_is_missing():
@@ -123,7 +123,7 @@ def test_what_serves_cuda_tensors(cuda, capability, bias_act, sample_triplane, s
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability)
     monkeypatch.setattr(_backends, "_library_status", lambda name: (name != "cuda" or cuda, "not built"))
     monkeypatch.setattr(_backends, "_device_problem", lambda: "old" if capability < (8, 0) else "")
-    plan = _define.cuda_plan()
+    plan = _dispatch.cuda_plan()
     assert plan["bias_act"] == bias_act
     assert plan["sample_triplane"] == sample_triplane
     assert plan["styled_conv2d"] == styled_conv2d
@@ -131,8 +131,8 @@ def test_what_serves_cuda_tensors(cuda, capability, bias_act, sample_triplane, s
 
 
 def test_first_call_says_why_and_is_served(monkeypatch):
-    monkeypatch.setattr(_define, "_settled", {"bias_act": ("reference", "not built: install with nvcc")})
-    call = _define._first_cuda_call("bias_act")
+    monkeypatch.setattr(_dispatch, "_settled", {"bias_act": ("reference", "not built: install with nvcc")})
+    call = _dispatch._first_cuda_call("bias_act")
     x = torch.randn(2, 3, 4, 4)
     with pytest.warns(
         RuntimeWarning, match="no CUDA C.. kernels: not built: install with nvcc. Reference serves"
@@ -148,21 +148,21 @@ def test_cuda_kernels_register_by_the_table():
     code = (
         "import re, torch, fastgen\n"
         "from fastgen import _backends\n"
-        "from fastgen.ops import _define\n"
+        "from fastgen.ops import _dispatch\n"
         "def found(op):\n"
         "    dump = torch._C._dispatch_dump(f'fastgen::{op}')\n"
         "    at = re.search(r'^CUDA: registered at (\\S+)', dump, re.M)[1]\n"
         "    return at.rpartition('/')[2].split(':')[0]\n"
-        "before = {op: found(op) for op in _define._defaults}\n"
+        "before = {op: found(op) for op in _dispatch._defaults}\n"
         "if _backends.compiled('cuda'):\n"
         "    _backends.register_cuda()\n"
-        "    for op in _define._defaults:\n"
-        "        assert (found(op) == 'module.cpp') == (op in _define.CUDA), op\n"
+        "    for op in _dispatch._defaults:\n"
+        "        assert (found(op) == 'module.cpp') == (op in _dispatch.CUDA), op\n"
         "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1\n"
         "torch.cuda.get_device_capability = lambda i: (9, 0)\n"
-        "plan = _define.settle_cuda()\n"
+        "plan = _dispatch.settle_cuda()\n"
         "for op, (by, why) in plan.items():\n"
-        "    both = by == 'cuda' and _define.CUDA[op] is not None\n"
+        "    both = by == 'cuda' and _dispatch.CUDA[op] is not None\n"
         "    assert (found(op) == 'module.cpp') == (by == 'cuda' and not both), (op, found(op))\n"
         "assert {by for by, _ in plan.values()} >= {'triton', 'reference'}\n"
         "with fastgen.backend('triton'):\n"
@@ -179,7 +179,7 @@ def test_binaries_of_cuda_kernels():
         table = sass.inspect(sass.find_library())
         assert not [fault for instance in table for fault in instance.faults()]
         kernels = [instance.kernel for instance in table]
-        for op in _define.CUDA:
+        for op in _dispatch.CUDA:
             assert any(kernel.startswith(op.partition("_bwd")[0]) for kernel in kernels), op
 
 
@@ -236,9 +236,9 @@ def test_without_compiled_libraries_the_reference_serves():
     code = BLOCK.format(names=("fastgen._cpu", "fastgen._cuda")) + (
         "import torch, fastgen\n"
         "from fastgen import _backends, ops\n"
-        "from fastgen.ops import _define\n"
+        "from fastgen.ops import _dispatch\n"
         "x = torch.arange(8.).reshape(1, 2, 2, 2)\n"
-        "print(_backends.status()['cpu'][0], _define.served('bias_act')['cpu'][0])\n"
+        "print(_backends.status()['cpu'][0], _dispatch.served('bias_act')['cpu'][0])\n"
         "print(ops.bias_act(x, torch.ones(2), act='relu', gain=1).sum().item())\n"
         "print(ops.upsample2d(x, ops.setup_filter([1, 3, 3, 1])).shape[-1])\n"
     )

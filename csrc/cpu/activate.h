@@ -19,26 +19,7 @@ FASTGEN_INLINE void map(const T* v, const T* g, T* out, int64_t n, const Act& ac
 
 template <int order, class T>
 FASTGEN_INLINE void map_any(const T* v, const T* g, T* out, int64_t n, const Act& act) {
-  switch (act.act) {
-    case Activation::linear:
-      return map<Activation::linear, order>(v, g, out, n, act);
-    case Activation::relu:
-      return map<Activation::relu, order>(v, g, out, n, act);
-    case Activation::lrelu:
-      return map<Activation::lrelu, order>(v, g, out, n, act);
-    case Activation::tanh:
-      return map<Activation::tanh, order>(v, g, out, n, act);
-    case Activation::sigmoid:
-      return map<Activation::sigmoid, order>(v, g, out, n, act);
-    case Activation::elu:
-      return map<Activation::elu, order>(v, g, out, n, act);
-    case Activation::selu:
-      return map<Activation::selu, order>(v, g, out, n, act);
-    case Activation::softplus:
-      return map<Activation::softplus, order>(v, g, out, n, act);
-    case Activation::swish:
-      return map<Activation::swish, order>(v, g, out, n, act);
-  }
+  with_activation(act.act, [&](auto is) { map<is.value, order>(v, g, out, n, act); });
 }
 
 }  // namespace fastgen

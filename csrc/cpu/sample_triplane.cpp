@@ -1,9 +1,8 @@
 // sample_triplane and its first two derivatives, image by image. Planes whose channels lie together are read
 // where they are; others from a channels-last copy or, for few points, pixel by pixel. triplane.h does the
 // rest.
-#include <limits>
-
 #include "triplane.h"
+#include "triplane_arguments.h"
 
 namespace fastgen {
 namespace {
@@ -130,34 +129,12 @@ struct Call {
   }
 };
 
-// What the kernels would otherwise read out of bounds.
-void check(const Tensor& planes, const Tensor& coordinates, const std::vector<double>& projection) {
-  const int64_t most = std::numeric_limits<int32_t>::max() - 1;
-  FASTGEN_CHECK(planes.dim() == 5 && planes.size(1) == 3 && planes.size(3) > 0 && planes.size(4) > 0 &&
-                    planes.size(3) < most && planes.size(4) < most,
-                "sample_triplane: planes must be [N, 3, C, H, W], H and W from 1 to 2^31 - 3");
-  FASTGEN_CHECK(coordinates.dim() == 3 && coordinates.size(0) == planes.size(0) && coordinates.size(2) == 3,
-                "sample_triplane: coordinates must be [N, M, 3]");
-  FASTGEN_CHECK(projection.size() == 18, "sample_triplane: projection must be 18 numbers");
-}
-
-std::vector<int64_t> samples_shape(const Tensor& planes, const Tensor& coordinates, bool mean) {
-  const int64_t N = planes.size(0), C = planes.size(2), M = coordinates.size(1);
-  return mean ? std::vector<int64_t>{N, M, C} : std::vector<int64_t>{N, 3, M, C};
-}
-
 // As coordinates, or where that is not needed empty.
 Tensor empty_points(const Tensor& coordinates, bool needed) {
   return empty(
       coordinates,
       needed ? std::vector<int64_t>{coordinates.size(0), coordinates.size(1), 3} : std::vector<int64_t>{0},
       MemoryFormat::Contiguous);
-}
-
-void check_shape(const char* name, const Tensor& x, const std::vector<int64_t>& shape, ScalarType type) {
-  bool same = x.dim() == static_cast<int64_t>(shape.size()) && x.scalar_type() == type;
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == shape[i];
-  FASTGEN_CHECK(same, "sample_triplane: ", name, " has a wrong shape or dtype");
 }
 
 template <class S>
@@ -237,7 +214,7 @@ std::tuple<Tensor, Tensor> sample_triplane_bwd_cpu(const Tensor& dy, const Tenso
                                                    const std::vector<double>& projection, bool mean,
                                                    bool need_planes, bool need_coordinates) {
   check(planes, coordinates, projection);
-  check_shape("dy", dy, samples_shape(planes, coordinates, mean), planes.scalar_type());
+  check_like("dy", dy, samples_shape(planes, coordinates, mean), planes.scalar_type(), planes);
   const Tensor g = torch::stable::contiguous(dy);
   Tensor dplanes = empty(planes, {0}, MemoryFormat::Contiguous);
   Tensor dcoordinates = empty_points(coordinates, need_coordinates);
@@ -268,18 +245,9 @@ std::tuple<Tensor, Tensor, Tensor> sample_triplane_bwd2_cpu(
     const Tensor& planes, const Tensor& coordinates, const std::vector<double>& projection, bool mean,
     bool need_dy, bool need_planes, bool need_coordinates) {
   check(planes, coordinates, projection);
-  const auto shape = samples_shape(planes, coordinates, mean);
-  check_shape("dy", dy, shape, planes.scalar_type());
-  FASTGEN_CHECK(ddcoordinates || (ddplanes && !need_planes),
-                "sample_triplane: planes have a second gradient only from ddcoordinates");
-  if (ddplanes)
-    check_shape("ddplanes", *ddplanes, {planes.size(0), 3, planes.size(2), planes.size(3), planes.size(4)},
-                planes.scalar_type());
-  if (ddcoordinates)
-    check_shape("ddcoordinates", *ddcoordinates, {coordinates.size(0), coordinates.size(1), 3},
-                coordinates.scalar_type());
+  check_bwd2(ddplanes, ddcoordinates, dy, planes, coordinates, mean, need_planes);
   const Tensor g = torch::stable::contiguous(dy);
-  Tensor ddy = empty(planes, need_dy ? shape : std::vector<int64_t>{0}, MemoryFormat::Contiguous);
+  Tensor ddy = empty(planes, need_dy ? sizes(dy) : std::vector<int64_t>{0}, MemoryFormat::Contiguous);
   Tensor dplanes = empty(planes, {0}, MemoryFormat::Contiguous);
   Tensor dcoordinates = empty_points(coordinates, need_coordinates);
   dispatch("sample_triplane_bwd2", planes.scalar_type(), [&](auto zero) {

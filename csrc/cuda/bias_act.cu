@@ -68,35 +68,7 @@ __global__ void __launch_bounds__(threads, 2)
     for (int j = 0; j < width; ++j) g[j] *= h[j];
   }
 
-  switch (job.act) {
-    case Activation::linear:
-      map<Activation::linear, order>(v, g, job);
-      break;
-    case Activation::relu:
-      map<Activation::relu, order>(v, g, job);
-      break;
-    case Activation::lrelu:
-      map<Activation::lrelu, order>(v, g, job);
-      break;
-    case Activation::tanh:
-      map<Activation::tanh, order>(v, g, job);
-      break;
-    case Activation::sigmoid:
-      map<Activation::sigmoid, order>(v, g, job);
-      break;
-    case Activation::elu:
-      map<Activation::elu, order>(v, g, job);
-      break;
-    case Activation::selu:
-      map<Activation::selu, order>(v, g, job);
-      break;
-    case Activation::softplus:
-      map<Activation::softplus, order>(v, g, job);
-      break;
-    case Activation::swish:
-      map<Activation::swish, order>(v, g, job);
-      break;
-  }
+  with_activation(job.act, [&](auto is) { map<is.value, order>(v, g, job); });
 
   if (n == width) return store<S, width>(out + i, v);
 #pragma unroll

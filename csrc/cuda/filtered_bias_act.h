@@ -118,26 +118,7 @@ __device__ __forceinline__ void map(T (&v)[width], const T (&g)[width], const Jo
 template <bool any, int order, class T, int width, class S>
 __device__ __forceinline__ void activate_all(T (&v)[width], const T (&g)[width], const Job<S>& job) {
   if constexpr (!any) return map<Activation::lrelu, order>(v, g, job);
-  switch (job.act) {
-    case Activation::linear:
-      return map<Activation::linear, order>(v, g, job);
-    case Activation::relu:
-      return map<Activation::relu, order>(v, g, job);
-    case Activation::lrelu:
-      return map<Activation::lrelu, order>(v, g, job);
-    case Activation::tanh:
-      return map<Activation::tanh, order>(v, g, job);
-    case Activation::sigmoid:
-      return map<Activation::sigmoid, order>(v, g, job);
-    case Activation::elu:
-      return map<Activation::elu, order>(v, g, job);
-    case Activation::selu:
-      return map<Activation::selu, order>(v, g, job);
-    case Activation::softplus:
-      return map<Activation::softplus, order>(v, g, job);
-    case Activation::swish:
-      return map<Activation::swish, order>(v, g, job);
-  }
+  with_activation(job.act, [&](auto is) { map<is.value, order>(v, g, job); });
 }
 
 template <class S, int taps, int tile_y, int tile_x, int width>

@@ -7,27 +7,17 @@
 namespace fastgen {
 namespace {
 
-// Result o is the sum of c[k] z[o down + k - pad], where z has the samples with up - 1 zeros between them.
-struct Axis {
-  int up, down, taps;
-  int64_t pad, in, out;
-};
-
 // Part of an axis. The first tap of the first result made of it that falls on a sample falls on `begin`.
 struct Span {
   int64_t begin;
   int count, tap;
 };
 
-// The samples that `count` results see, at most.
-__host__ __device__ inline int64_t reach(const Axis& axis, int64_t count) {
-  return ((count - 1) * axis.down + axis.taps - 1) / axis.up + 1;
-}
-
 __device__ __forceinline__ Span samples(const Axis& axis, const Span& results) {
-  const int64_t origin = results.begin * axis.down - axis.pad, rest = origin % axis.up;
-  const int tap = static_cast<int>(rest > 0 ? axis.up - rest : -rest);
-  return {(origin + tap) / axis.up, static_cast<int>(reach(axis, results.count)), tap};
+  Span span;
+  axis.first(results.begin, span.tap, span.begin);
+  span.count = static_cast<int>(axis.reach(results.count));
+  return span;
 }
 
 struct Step {

@@ -88,14 +88,14 @@ struct LoopSizes {
     for (const auto* f : {&a.first, &a.second, &a.last}) {
       if (count_of(*f) > taps) taps = count_of(*f);
     }
-    const int64_t height = reach(job.last.y, job.block_y), width = reach(job.last.x, job.block_x);
+    const int64_t height = job.last.y.reach(job.block_y), width = job.last.x.reach(job.block_x);
     middle = height * width * job.block_c;
     between = height * job.block_x * job.block_c;
     inputs = 0;
     for (const Step* step : {&job.first, &job.second}) {
       if (step == &job.second && !backward) continue;
-      const int64_t rows = reach(step->y, height) * job.block_c;
-      if (rows * reach(step->x, width) > inputs) inputs = rows * reach(step->x, width);
+      const int64_t rows = step->y.reach(height) * job.block_c;
+      if (rows * step->x.reach(width) > inputs) inputs = rows * step->x.reach(width);
       if (rows * width > between) between = rows * width;
     }
   }

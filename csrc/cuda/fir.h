@@ -4,6 +4,22 @@
 
 namespace fastgen {
 
+// Result o is the sum of c[k] z[o down + k - pad], where z has the samples with up - 1 zeros between them.
+struct Axis {
+  int up, down, taps;
+  int64_t pad, in, out;
+
+  // The first tap that falls on a sample, of result `o`, and the index of that sample.
+  __device__ __forceinline__ void first(int64_t o, int& tap, int64_t& sample) const {
+    const int64_t origin = o * down - pad, rest = origin % up;
+    tap = static_cast<int>(rest > 0 ? up - rest : -rest);
+    sample = (origin + tap) / up;
+  }
+
+  // The samples that `count` results see, at most.
+  __host__ __device__ int64_t reach(int64_t count) const { return ((count - 1) * down + taps - 1) / up + 1; }
+};
+
 // f as the ops have it: [taps], [rows, columns], or null for the identity.
 template <class T>
 struct Taps {

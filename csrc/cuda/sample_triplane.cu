@@ -2,15 +2,14 @@
 // block first finds where its points are on the planes, in shared memory; then a thread takes a point and 16
 // bytes of channels, or one channel where those do not lie together. Three planes unrolled would hide no more
 // latency than the blocks that then have no registers.
-#include <limits>
-
+#include "triplane_arguments.h"
 #include "triplane_gradient.h"
 
 namespace fastgen {
 namespace {
 
 // out: samples of p and slopes of x; p may have no data.
-template <class S, int width, bool sloped>
+template <class S, bool sloped, int width>
 __global__ void __launch_bounds__(threads, 2)
     sample_triplane_kernel(Table<const S> p, Table<const S> x, S* __restrict__ out,
                            const __grid_constant__ Job<accumulator_t<S>> job, int lanes) {
@@ -51,7 +50,7 @@ __global__ void __launch_bounds__(threads, 2)
 
 // out [N, M, 3]: the points' gradients, of samples of p and slopes of x; p may have no data. `lanes`, a power
 // of two within a warp, are a point's threads.
-template <class S, int width, bool sloped>
+template <class S, bool sloped, int width>
 __global__ void __launch_bounds__(threads, 2)
     sample_triplane_bwd_points_kernel(Table<const S> p, Table<const S> x, const S* __restrict__ dy,
                                       accumulator_t<S>* __restrict__ out,
@@ -148,10 +147,10 @@ struct Call {
     if (!out.numel()) return;
     const bool packs = has_packs<S>(x) && (!p || has_packs<S>(*p));
     const int lanes = static_cast<int>(std::min<int64_t>(threads, job.C / (packs ? widest<S> : 1)));
-    const auto kernel = job.directions ? packs ? sample_triplane_kernel<S, widest<S>, true>
-                                               : sample_triplane_kernel<S, 1, true>
-                        : packs        ? sample_triplane_kernel<S, widest<S>, false>
-                                       : sample_triplane_kernel<S, 1, false>;
+    const auto kernel = job.directions ? packs ? sample_triplane_kernel<S, true, widest<S>>
+                                               : sample_triplane_kernel<S, true, 1>
+                        : packs        ? sample_triplane_kernel<S, false, widest<S>>
+                                       : sample_triplane_kernel<S, false, 1>;
     run_on_points(kernel, threads / lanes, table(p), table(&x), mutable_data<S>(out), job, lanes);
   }
 
@@ -161,10 +160,10 @@ struct Call {
     const bool packs = has_packs<S>(x) && (!p || has_packs<S>(*p)) && is_aligned(dy);
     int lanes = 1;
     while (lanes < 32 && lanes * (packs ? widest<S> : 1) < job.C) lanes *= 2;
-    const auto kernel = job.directions ? packs ? sample_triplane_bwd_points_kernel<S, widest<S>, true>
-                                               : sample_triplane_bwd_points_kernel<S, 1, true>
-                        : packs        ? sample_triplane_bwd_points_kernel<S, widest<S>, false>
-                                       : sample_triplane_bwd_points_kernel<S, 1, false>;
+    const auto kernel = job.directions ? packs ? sample_triplane_bwd_points_kernel<S, true, widest<S>>
+                                               : sample_triplane_bwd_points_kernel<S, true, 1>
+                        : packs        ? sample_triplane_bwd_points_kernel<S, false, widest<S>>
+                                       : sample_triplane_bwd_points_kernel<S, false, 1>;
     run_on_points(kernel, threads / lanes, table(p), table(&x), data<S>(dy), mutable_data<T>(out), job,
                   lanes);
     return torch::stable::to(out, type);
@@ -219,40 +218,6 @@ struct Call {
   }
 };
 
-std::vector<int64_t> sizes(const Tensor& x) {
-  return {x.sizes().begin(), x.sizes().end()};
-}
-
-void check_device(const char* name, const Tensor& planes, const Tensor& x) {
-  FASTGEN_CHECK(x.is_cpu() == planes.is_cpu() && x.get_device_index() == planes.get_device_index(),
-                "sample_triplane: ", name, " must be on the planes' device");
-}
-
-void check_like(const char* name, const Tensor& x, const std::vector<int64_t>& shape, ScalarType type,
-                const Tensor& planes) {
-  FASTGEN_CHECK(sizes(x) == shape && x.scalar_type() == type, "sample_triplane: ", name,
-                " has a wrong shape or dtype");
-  check_device(name, planes, x);
-}
-
-// What the kernels would otherwise read out of bounds.
-void check(const Tensor& planes, const Tensor& coordinates, const std::vector<double>& projection) {
-  const int64_t most = std::numeric_limits<int32_t>::max() - 1;
-  FASTGEN_CHECK(planes.dim() == 5 && planes.size(1) == 3 && planes.size(3) > 0 && planes.size(4) > 0 &&
-                    planes.size(3) < most && planes.size(4) < most,
-                "sample_triplane: planes must be [N, 3, C, H, W], H and W from 1 to 2^31 - 3");
-  FASTGEN_CHECK(coordinates.dim() == 3 && coordinates.size(0) == planes.size(0) && coordinates.size(2) == 3,
-                "sample_triplane: coordinates must be [N, M, 3]");
-  FASTGEN_CHECK(projection.size() == 18, "sample_triplane: projection must be 18 numbers");
-  check_device("coordinates", planes, coordinates);
-  dispatch("sample_triplane", coordinates.scalar_type(), [](auto) {});
-}
-
-std::vector<int64_t> samples_shape(const Tensor& planes, const Tensor& coordinates, bool mean) {
-  const int64_t N = planes.size(0), C = planes.size(2), M = coordinates.size(1);
-  return mean ? std::vector<int64_t>{N, M, C} : std::vector<int64_t>{N, 3, M, C};
-}
-
 Tensor sample_triplane_cuda(const Tensor& planes, const Tensor& coordinates,
                             const std::vector<double>& projection, bool mean) {
   const Launch on("sample_triplane", planes);
@@ -290,18 +255,11 @@ std::tuple<Tensor, Tensor, Tensor> sample_triplane_bwd2_cuda(
     bool need_dy, bool need_planes, bool need_coordinates) {
   const Launch on("sample_triplane_bwd2", planes);
   check(planes, coordinates, projection);
-  const auto shape = samples_shape(planes, coordinates, mean);
+  check_bwd2(ddplanes, ddcoordinates, dy, planes, coordinates, mean, need_planes);
   const ScalarType type = planes.scalar_type();
-  check_like("dy", dy, shape, type, planes);
-  FASTGEN_CHECK(ddcoordinates || (ddplanes && !need_planes),
-                "sample_triplane: planes have a second gradient only from ddcoordinates");
-  if (ddplanes) check_like("ddplanes", *ddplanes, sizes(planes), type, planes);
-  if (ddcoordinates) {
-    check_like("ddcoordinates", *ddcoordinates, sizes(coordinates), coordinates.scalar_type(), planes);
-  }
   const Tensor g = torch::stable::contiguous(dy);
   const Tensor* p = ddplanes ? &*ddplanes : nullptr;
-  Tensor ddy = on.empty(planes, need_dy ? shape : std::vector<int64_t>{0}, type);
+  Tensor ddy = on.empty(planes, need_dy ? sizes(dy) : std::vector<int64_t>{0}, type);
   Tensor dplanes = on.empty(planes, std::vector<int64_t>{0}, type);
   Tensor dcoordinates = on.empty(coordinates, std::vector<int64_t>{0}, coordinates.scalar_type());
   dispatch(on.op(), type, [&](auto zero) {

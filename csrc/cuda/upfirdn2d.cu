@@ -7,18 +7,6 @@
 namespace fastgen {
 namespace {
 
-struct Axis {
-  int up, down, pad, taps;
-  int64_t in, out;
-
-  // The first tap that falls on a sample of output `o`, and the index of that sample.
-  __device__ __forceinline__ void first(int64_t o, int& tap, int64_t& sample) const {
-    const int64_t origin = o * down - pad, rest = origin % up;
-    tap = rest > 0 ? up - static_cast<int>(rest) : static_cast<int>(-rest);
-    sample = (origin + tap) / up;
-  }
-};
-
 struct Job {
   int64_t channels;  // 1 in memory [N, C, H, W], and images then are planes
   int64_t images;
@@ -66,19 +54,14 @@ __global__ void __launch_bounds__(threads, 2)
   }
 }
 
-// The samples that `count` outputs of an axis see, at most.
-__host__ __device__ inline int64_t reach(const Axis& axis, int64_t count) {
-  return ((count - 1) * axis.down + axis.taps - 1) / axis.up + 1;
-}
-
 // Shared: the inputs, the same filtered along x, and the taps.
 template <class S>
 __global__ void __launch_bounds__(threads, 2)
     upfirdn2d_separable_kernel(const S* __restrict__ in, Taps<accumulator_t<S>> f, S* __restrict__ out,
                                Job job) {
   using T = accumulator_t<S>;
-  const int width = static_cast<int>(reach(job.x, job.block_x));
-  const int height = static_cast<int>(reach(job.y, job.block_y));
+  const int width = static_cast<int>(job.x.reach(job.block_x));
+  const int height = static_cast<int>(job.y.reach(job.block_y));
   T* const inputs = shared_memory<T>();
   T* const between = inputs + height * width * job.block_c;
   T* const taps = between + height * job.block_x * job.block_c;
@@ -210,7 +193,7 @@ struct Call {
     job.block_x = job.channels == 1 ? 32 : 8;
     job.block_y = 16;
     const auto bytes = [&] {
-      return (reach(job.y, job.block_y) * (reach(job.x, job.block_x) + job.block_x) * job.block_c + f.rows) *
+      return (job.y.reach(job.block_y) * (job.x.reach(job.block_x) + job.block_x) * job.block_c + f.rows) *
              static_cast<int64_t>(sizeof(T));
     };
     while (bytes() > 48 << 10) {
@@ -251,8 +234,8 @@ Tensor upfirdn2d_cuda(const Tensor& x, const std::optional<Tensor>& f, const std
     const int64_t out = (size * up[i] + padding[2 * i] + padding[2 * i + 1] - taps) / down[i] + 1;
     return Axis{static_cast<int>(up[i]),
                 static_cast<int>(down[i]),
-                static_cast<int>(padding[2 * i]),
                 static_cast<int>(taps),
+                padding[2 * i],
                 size,
                 out};
   };

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._define import has_kernel
+from ..ops._dispatch import has_kernel
 from ..ops.modulated_conv2d import modulated_conv2d_chained, takes_modulated
 
 FILTER = (1, 3, 3, 1)

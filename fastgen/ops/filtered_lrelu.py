@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from ._define import (
-    choice,
-    define,
-    has_kernel,
-    memory_format,
-    require,
-    require_ints,
-    require_same_device,
-    require_tensor,
-)
+from ._define import define, memory_format, require, require_ints, require_same_device, require_tensor
+from ._dispatch import choice, has_kernel
 from .bias_act import bias_act, bias_act_bwd, bias_gradient, check_act
 from .upfirdn2d import transposed, upfirdn2d
 

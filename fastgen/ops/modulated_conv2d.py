@@ -24,9 +24,7 @@ import torch
 from torch import Tensor
 
 from ._define import (
-    choice,
     define,
-    has_kernel,
     is_transformed,
     memory_format,
     require,
@@ -36,6 +34,7 @@ from ._define import (
     wide,
     wide_dtype,
 )
+from ._dispatch import choice, has_kernel
 from .bias_act import bias_act, check_act
 from .conv2d_resample import (
     call_autocast,

@@ -355,7 +355,7 @@ def test_styles_handed_over(up, dtype, device, monkeypatch):
         return block(x.to(dtype), None, ws.to(block.conv0.weight.dtype), "const")[0]
 
     got = [run(block, dtype), run(block, dtype, lambda *_: False)]
-    if fastgen.ops._define.choice() == "auto" and device == "cpu":
+    if fastgen.ops._dispatch.choice() == "auto" and device == "cpu":
         assert taken[0] == fastgen._backends.compiled("cpu")
     with fastgen.backend("reference"):
         same, exact = run(block, dtype), run(copy.deepcopy(block).double(), torch.float64)

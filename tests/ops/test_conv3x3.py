@@ -5,7 +5,7 @@ import torch
 from accuracy import assert_accurate
 from ops.checks import Case, OpChecks, exact_copy, gradients
 
-from fastgen.ops import _define
+from fastgen.ops import _dispatch
 from fastgen.ops.conv3x3 import conv3x3, conv3x3_dw_reference, conv3x3_reference
 
 
@@ -136,7 +136,7 @@ def test_large_finite_values(device):
 
 def test_kernel_refuses_other_dtypes():
     x = torch.zeros(1, 2, 4, 4, dtype=torch.float64)
-    if _define.served("conv3x3")["cpu"][0] == "cpu":
+    if _dispatch.served("conv3x3")["cpu"][0] == "cpu":
         with pytest.raises(
             RuntimeError, match="conv3x3: x and weight must be float32, got Double and Double"
         ):

@@ -11,7 +11,7 @@ from ops.checks import gradients
 
 import fastgen
 from fastgen import _backends, ops
-from fastgen.ops import _define
+from fastgen.ops import _define, _dispatch
 
 ROOT = Path(__file__).parents[2]
 F4 = ops.setup_filter([1, 3, 3, 1])
@@ -31,27 +31,27 @@ def test_a_library_that_is_there_can_be_chosen():
     for name, (usable, _) in _backends.status().items():
         if usable and name != "triton":
             with fastgen.backend(name):
-                assert _define._choice == name
+                assert _dispatch._choice == name
 
 
 def test_auto_and_reference_look_for_nothing(monkeypatch):
     monkeypatch.setattr(_backends, "status", None)
     for name in ("auto", "reference"):
-        assert _define._check_choice(name) == name
+        assert _dispatch._check_choice(name) == name
     with pytest.raises(TypeError):
-        _define._check_choice("cpu")
+        _dispatch._check_choice("cpu")
 
 
 def test_the_choice_ends_with_its_block():
-    before = _define._choice
+    before = _dispatch._choice
     with fastgen.backend("reference"):
         with fastgen.backend("auto"):
-            assert _define._choice == "auto"
-        assert _define._choice == "reference"
+            assert _dispatch._choice == "auto"
+        assert _dispatch._choice == "reference"
         with pytest.raises(ZeroDivisionError), fastgen.backend("auto"):
             raise ZeroDivisionError
-        assert _define._choice == "reference"
-    assert _define._choice == before
+        assert _dispatch._choice == "reference"
+    assert _dispatch._choice == before
 
 
 def test_reference_is_plain_pytorch():
@@ -67,7 +67,7 @@ def python(code: str, **environment) -> subprocess.CompletedProcess:
 
 
 def test_environment_variable():
-    code = "from fastgen.ops import _define; print(_define._choice)"
+    code = "from fastgen.ops import _dispatch; print(_dispatch._choice)"
     assert python(code, FASTGEN_BACKEND="reference").stdout.strip() == "reference"
     failed = python(code, FASTGEN_BACKEND="fast")
     assert "backend must be one of auto, cpu, cuda, triton, cuda-host, reference, got 'fast'" in failed.stderr

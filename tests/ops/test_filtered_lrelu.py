@@ -9,7 +9,7 @@ from ops.checks import Case, OpChecks, exact_copy, gradients
 
 from fastgen import ops
 from fastgen._backends import is_interpreted
-from fastgen.ops import _define
+from fastgen.ops import _dispatch
 
 F12 = ops.setup_filter([1, 2, 3, 5, 7, 8, 8, 7, 5, 3, 2, 1])
 F24 = ops.setup_filter([*range(1, 15), *range(12, 2, -1)])
@@ -112,7 +112,7 @@ class TestFilteredLrelu(OpChecks):
         got = gradients(self.run(short, inputs), inputs)["x"].double()
         want = gradients(self.reference(short, exact), exact)["x"].double()
         # The reference rounds v to 16 bits.
-        allowed = 30 if _define._choice == "reference" else 6
+        allowed = 30 if _dispatch._choice == "reference" else 6
         assert (got - want).abs().max() <= allowed * torch.finfo(kind).eps * want.abs().max()
 
     @pytest.mark.parametrize("dims", [(1, None, None), (0, None, 1), (None, 0, None), (2, 0, 1)], ids=str)
@@ -136,7 +136,7 @@ class TestFilteredLrelu(OpChecks):
         huge = case("huge", (1, 2, 150, 140), (2,), f, f, up=2, down=2, padding=100)
         inputs = huge.make(device=device)
         torch.testing.assert_close(self.run(huge, inputs), self.reference(huge, inputs))
-        if _define._choice == "cuda-host":
+        if _dispatch._choice == "cuda-host":
             with pytest.raises(RuntimeError, match="filtered_lrelu: filters are too large: one result takes"):
                 arguments = 2, 2, [100] * 4, 1.4, 0.2, -1.0, False
                 torch.ops.fastgen.filtered_lrelu(inputs["x"], f, f, inputs["b"], *arguments)

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 import fastgen
 from fastgen import ops
-from fastgen.ops._define import choice
+from fastgen.ops._dispatch import choice
 from fastgen.ops.bias_act import DEFAULTS
 from fastgen.ops.conv3x3 import conv3x3
 
@@ -454,7 +454,7 @@ def test_fma(draw):
 @fuzz
 def test_a_wrong_result_is_found(draw):
     def wrong(x):
-        return x * (1 if fastgen.ops._define.choice() == "reference" else 1.1)
+        return x * (1 if fastgen.ops._dispatch.choice() == "reference" else 1.1)
 
     with pytest.raises(AssertionError, match="largest error"):
         check(draw, wrong, {"x": tensor(draw, 3, 2, dtype=one_of(draw, *DTYPES))}, {})

@@ -9,7 +9,7 @@ from ops.checks import Case, OpChecks
 
 import fastgen
 from fastgen import ops
-from fastgen.ops._define import choice
+from fastgen.ops._dispatch import choice
 
 # For each plane the coordinate along its columns and along its rows.
 AXES = {"eg3d": ["xy", "xz", "zx"], "fixed": ["xy", "xz", "zy"]}

@@ -127,7 +127,7 @@ def test_relatives_name_themselves_in_errors(name):
 
 
 def test_too_large_a_result_names_the_op(device):
-    name = "upfirdn2d: cannot make a tensor" if fastgen.ops._define.choice() == "cuda-host" else None
+    name = "upfirdn2d: cannot make a tensor" if fastgen.ops._dispatch.choice() == "cuda-host" else None
     with pytest.raises(RuntimeError, match=name):
         ops.upfirdn2d(torch.ones(1, 1, 64, 64, device=device), None, up=1 << 20)
 
