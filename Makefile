@@ -49,7 +49,7 @@ test-cuda-races: $(STAMP)
 wheel: $(STAMP)
 	rm -rf build/wheel build/lib* dist/*.whl
 	FASTGEN_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0;12.0+PTX" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
-	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude "libc10*" --exclude "libtorch*" --exclude "libcuda*" \
+	PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude "libc10*" --exclude "libtorch*" --exclude "libcuda*" \
 	  --wheel-dir dist build/wheel/*.whl
 	$(BIN)/python -m fastgen.kernels.sass dist/*.whl
 	test $$(stat -c %s dist/*.whl) -lt 25000000
