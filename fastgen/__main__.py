@@ -1,4 +1,4 @@
-"""The command line: `fastgen info | convert | render | train | demo`, or `python -m fastgen ...`.
+"""The command line: `fastgen info | convert | render | train | demo | patch`, or `python -m fastgen ...`.
 
 Wrong input ends in one line on stderr and exit code 2; FASTGEN_DEBUG=1 shows the traceback instead.
 """
@@ -252,7 +252,41 @@ class Train(TrainConfig):
             sys.exit(130)
 
 
-COMMANDS = ("info", "convert", "render", "train", "demo")
+@dataclass(frozen=True)
+class Patch:
+    """List the StyleGAN and EG3D ops that a repository carries, with the lines that put fastgen's in their
+    place; edits nothing. --run SCRIPT ARG... runs a script of it with these in place."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The repository."""
+    run_script: Annotated[Path | None, tyro.conf.arg(name="run", metavar="SCRIPT ARG...")] = None
+    """Run this Python file, from the current folder or from DIR, with all arguments that follow it. Its exit
+    code is that of the command."""
+    arguments: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    def run(self):
+        from .compat import scan
+
+        found = scan.scan(self.folder)
+        if self.run_script is not None:
+            scripts = [path for path in (self.run_script, self.folder / self.run_script) if path.is_file()]
+            if not scripts:
+                raise FileNotFoundError(f"{self.run_script}: no such file, here or in {self.folder}")
+            sys.exit(scan.run(found, scripts[0], self.arguments))
+        if not found:
+            print(f"{self.folder}: none of the ops that fastgen replaces")
+            return
+        print(_table(["dialect", "imported as", "files"], [_row(f) for f in found]))
+        print("\nBefore the first import of these:\n\n    import fastgen.compat")
+        for line in dict.fromkeys(f.line for f in found):
+            print(f"    {line}")
+
+
+def _row(found) -> list[str]:
+    return [found.dialect, found.package, ", ".join(map(str, found.files))]
+
+
+COMMANDS = ("info", "convert", "render", "train", "demo", "patch")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -341,16 +375,19 @@ def _preset(argv: list[str]) -> Train:
 def _parse(argv: list[str]):
     """The command of a command line. Exits, as argparse does, on --help and on wrong input."""
     train = Annotated[Train, tyro.conf.subcommand("train", default=_preset(argv))]
+    # What follows the script is the script's.
+    end = argv.index("--run") + 2 if argv[:1] == ["patch"] and "--run" in argv else len(argv)
     said = io.StringIO()
     try:
         # tyro draws a box of several lines; what it says is told in one.
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                Info | Convert | Render | train | Demo,
+            command = tyro.cli(
+                Info | Convert | Render | train | Demo | Patch,
                 prog="fastgen",
-                args=argv,
+                args=argv[:end],
                 description="Fast 3D-aware image generation: NeRF-GANs, and students distilled from them.",
             )
+        return dataclasses.replace(command, arguments=tuple(argv[end:])) if end < len(argv) else command
     except SystemExit as end:
         if not end.code:
             raise
