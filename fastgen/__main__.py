@@ -1,4 +1,4 @@
-"""The command line: `fastgen info | convert | render | export | train | demo | patch`, or `python -m fastgen ...`.
+"""The command line, `fastgen COMMAND`, or `python -m fastgen COMMAND`.
 
 Wrong input ends in one line on stderr and exit code 2; FASTGEN_DEBUG=1 shows the traceback instead.
 """
