@@ -22,7 +22,7 @@ define checked
 endef
 SANITIZERS := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=ignore_noninstrumented_modules=1
 
-.PHONY: demo test test-triton test-cuda-host test-cuda-races wheel test-wheel bench gpu fuzz sanitize lint format clean install
+.PHONY: demo test test-triton test-cuda-host test-cuda-races wheel test-wheel test-matrix bench gpu fuzz sanitize lint format clean install
 
 demo: $(STAMP)
 	$(BIN)/fastgen demo --out "$(OUT)/demo"
@@ -54,16 +54,21 @@ wheel: $(STAMP)
 	$(BIN)/python -m fastgen.kernels.sass dist/*.whl
 	test $$(stat -c %s dist/*.whl) -lt 25000000
 
-# In new environments: the tests of the ops on the CPU, with the oldest and the newest torch.
+# In new environments, in a folder whose name has a space: the tests of the ops on the CPU, with the oldest and
+# the newest torch; test-matrix: those of models and of fastgen.compat too.
 PYTHONS := python3.10 python3.13
+TESTED := tests/ops -k cpu
 test-wheel:
-	rm -rf build/wheel-test
-	mkdir -p build/wheel-test
-	cp -r tests pyproject.toml build/wheel-test
-	cd build/wheel-test && set -e; for python in $(PYTHONS); do for torch in "torch==2.11.*" torch; do \
+	rm -rf "build/the wheel"
+	mkdir -p "build/the wheel"
+	cp -r tests pyproject.toml "build/the wheel"
+	cd "build/the wheel" && set -e; for python in $(PYTHONS); do for torch in "torch==2.11.*" torch; do \
 	  $$python -m venv --clear env; env/bin/python -m pip install -q "$$torch" $(CURDIR)/dist/*.whl pytest hypothesis scipy; \
 	  env/bin/python -c "import torch, fastgen; print(torch.__version__, fastgen.__file__)"; \
-	  env/bin/python -m pytest tests/ops -k "cpu"; done; done
+	  env/bin/python -m pytest $(TESTED); done; done
+
+test-matrix:
+	$(MAKE) test-wheel TESTED="tests/ops tests/models tests/test_compat.py -k 'not reference'"
 
 bench: $(STAMP)
 	mkdir -p "$(OUT)"

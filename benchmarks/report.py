@@ -1,6 +1,8 @@
 """Turn the JSON of pytest-benchmark into a CSV (kept in benchmarks/results), a table and a plot.
 
 python benchmarks/report.py out/kept.json out/returned.json [--out DIR] [--name MACHINE]
+
+Where the first file is such a CSV, its rows stay, each with its commit, unless the JSON has them anew.
 """
 
 import argparse
@@ -44,6 +46,14 @@ def rows(report: dict) -> list[dict]:
             }
         )
     return found
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a report, or of a CSV."""
+    if path.suffix == ".csv":
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    return rows(json.loads(path.read_text()))
 
 
 def table(found: list[dict]) -> str:
@@ -107,7 +117,7 @@ def plot(found: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, nargs="+")
+    parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", help="name of the files; default: the machine's")
     args = parser.parse_args()
@@ -115,10 +125,10 @@ def main() -> None:
     # Of a case that is in several files, the last one counts.
     names = ("op", "shape", "dtype", "layout", "route", "memory")
     # A run that was killed leaves an empty file, or none.
-    files = [path for path in args.json if path.exists() and path.stat().st_size]
+    files = [path for path in args.files if path.exists() and path.stat().st_size]
     if not files:
-        parser.error(f"nothing was measured: {', '.join(map(str, args.json))} are empty or not there")
-    every = [row for path in files for row in rows(json.loads(path.read_text()))]
+        parser.error(f"nothing was measured: {', '.join(map(str, args.files))} are empty or not there")
+    every = [row for path in files for row in read(path)]
     found = list({tuple(row[name] for name in names): row for row in every}.values())
     name = args.name or re.sub(r"\W+", "-", found[0]["machine"]).strip("-").lower()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ route of a step is plain in the teacher, the student and their gradients; its im
 original code. The other routes have them channels_last on a CPU.
 """
 
+import importlib.util
 import math
 
 import conftest
@@ -24,6 +25,8 @@ from fastgen.train.losses import reconstruction_terms
 STUDENTS = {"student": "full", "student_compact": "compact"}
 ROUTES = (*conftest.ROUTES, "pytorch, channels_last")
 GRAPHED = ["fastgen, CUDA graph"] * (DEVICE == "cuda")
+# Of students in float32: what `fastgen export` writes.
+EXPORTED = ["onnxruntime"] * (DEVICE == "cpu" and all(map(importlib.util.find_spec, ["onnx", "onnxruntime"])))
 _flop: dict[str, int] = {}
 
 
@@ -44,6 +47,18 @@ def models(preset: str):
     return teacher, presets.get(preset).camera.front().to(DEVICE)
 
 
+def on_onnxruntime(student: Student, ws: torch.Tensor, c: torch.Tensor):
+    import onnxruntime
+
+    from fastgen.export import synthesis_model
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(synthesis_model(student).SerializeToString(), options)
+    inputs = {"ws": ws.numpy(), "c": c.numpy()}
+    return lambda: torch.from_numpy(session.run(None, inputs)[0])
+
+
 def flop(name: str, function) -> int:
     """Of a call on the plain route; counted once."""
     if name not in _flop:
@@ -53,11 +68,13 @@ def flop(name: str, function) -> int:
     return _flop[name]
 
 
-@pytest.mark.parametrize("route", [*ROUTES, *GRAPHED])
+@pytest.mark.parametrize("route", [*ROUTES, *GRAPHED, *EXPORTED])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", ["teacher", *STUDENTS])
 @torch.no_grad()
 def test_image(measure, model, dtype, route):
+    if route in EXPORTED and (model not in STUDENTS or dtype != "float32"):
+        pytest.skip("only students are exported, and timed in float32")
     generator, label = models("ffhq512")
     if model in STUDENTS:
         generator = Student.from_teacher(generator, STUDENTS[model]).to(DEVICE).eval().requires_grad_(False)
@@ -72,7 +89,10 @@ def test_image(measure, model, dtype, route):
     compute_in(generator, DTYPES[dtype])
     # The graph has the mapping in it, too.
     graph = fastgen.graphed(generator) if route in GRAPHED else None
-    run = on_route(route, image) if graph is None else lambda: graph(z, label)["image"]
+    if route in EXPORTED:
+        run = on_onnxruntime(generator, ws, label)
+    else:
+        run = on_route(route, image) if graph is None else lambda: graph(z, label)["image"]
     error = (run() - exact).square().mean().sqrt() / exact.std()
     assert error < (1e-3 if dtype == "float32" else 2e-2), "wrong result, not timed"
     parameters = sum(p.numel() for p in generator.parameters()) * DTYPES[dtype].itemsize

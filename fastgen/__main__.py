@@ -1,4 +1,4 @@
-"""The command line: `fastgen info | convert | render | train | demo`, or `python -m fastgen ...`.
+"""The command line, `fastgen COMMAND`, or `python -m fastgen COMMAND`.
 
 Wrong input ends in one line on stderr and exit code 2; FASTGEN_DEBUG=1 shows the traceback instead.
 """
@@ -192,6 +192,34 @@ class Render:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a student as two ONNX files of standard operators: OUT.onnx makes images of styles and poses,
+    OUT.mapping.onnx styles of latents."""
+
+    student: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDENT.safetensors")]
+    """The student, such as the demo's student.safetensors."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.onnx")]
+    """The .onnx file to write; the mapping is written beside it."""
+    fp16: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Convolutions in float16. What goes in and comes out stays float32."""
+    opset: int = 17
+    """The version of ONNX's operators, from 13 on."""
+    noise: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Noise is an input of each layer, instead of the student's constant one."""
+
+    def run(self):
+        try:
+            from . import export
+        except ModuleNotFoundError as error:
+            if error.name != "onnx":
+                raise
+            raise ValueError("export needs onnx: pip install 'fastgen[onnx]'") from None
+
+        for path in export.export(self.student, self.out, self.fp16, self.opset, self.noise):
+            print(path)
+
+
+@dataclass(frozen=True)
 class Demo:
     """Distil the toy teacher into a student, both stages, in minutes; measure, film and report."""
 
@@ -252,7 +280,41 @@ class Train(TrainConfig):
             sys.exit(130)
 
 
-COMMANDS = ("info", "convert", "render", "train", "demo")
+@dataclass(frozen=True)
+class Patch:
+    """List the StyleGAN and EG3D ops that a repository carries, with the lines that put fastgen's in their
+    place; edits nothing. --run SCRIPT ARG... runs a script of it with these in place."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The repository."""
+    run_script: Annotated[Path | None, tyro.conf.arg(name="run", metavar="SCRIPT ARG...")] = None
+    """Run this Python file, from the current folder or from DIR, with all arguments that follow it. Its exit
+    code is that of the command."""
+    arguments: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    def run(self):
+        from .compat import scan
+
+        found = scan.scan(self.folder)
+        if self.run_script is not None:
+            scripts = [path for path in (self.run_script, self.folder / self.run_script) if path.is_file()]
+            if not scripts:
+                raise FileNotFoundError(f"{self.run_script}: no such file, here or in {self.folder}")
+            sys.exit(scan.run(found, scripts[0], self.arguments))
+        if not found:
+            print(f"{self.folder}: none of the ops that fastgen replaces")
+            return
+        print(_table(["dialect", "imported as", "files"], [_row(f) for f in found]))
+        print("\nBefore the first import of these:\n\n    import fastgen.compat")
+        for line in dict.fromkeys(f.line for f in found):
+            print(f"    {line}")
+
+
+def _row(found) -> list[str]:
+    return [found.dialect, found.package, ", ".join(map(str, found.files))]
+
+
+COMMANDS = ("info", "convert", "render", "export", "train", "demo", "patch")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -341,16 +403,19 @@ def _preset(argv: list[str]) -> Train:
 def _parse(argv: list[str]):
     """The command of a command line. Exits, as argparse does, on --help and on wrong input."""
     train = Annotated[Train, tyro.conf.subcommand("train", default=_preset(argv))]
+    # What follows the script is the script's.
+    own = argv.index("--run") + 2 if argv[:1] == ["patch"] and "--run" in argv else len(argv)
     said = io.StringIO()
     try:
         # tyro draws a box of several lines; what it says is told in one.
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                Info | Convert | Render | train | Demo,
+            command = tyro.cli(
+                Info | Convert | Render | Export | train | Demo | Patch,
                 prog="fastgen",
-                args=argv,
+                args=argv[:own],
                 description="Fast 3D-aware image generation: NeRF-GANs, and students distilled from them.",
             )
+        return dataclasses.replace(command, arguments=tuple(argv[own:])) if own < len(argv) else command
     except SystemExit as end:
         if not end.code:
             raise

@@ -102,7 +102,7 @@ def test_runs_as_a_module():
         [sys.executable, "-m", "fastgen", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and not done.stderr
-    for command in ("info", "convert", "render", "train", "demo"):
+    for command in ("info", "convert", "render", "export", "train", "demo"):
         assert command in done.stdout
 
 
@@ -126,6 +126,7 @@ def test_start_imports_no_heavy_package():
             "train",
             ["--teacher", "--out", "--preset", "--resume", "--stage1-steps", "Discriminator's learning"],
         ),
+        ("export", ["STUDENT.safetensors", "OUT.onnx", "--fp16", "--opset", "--noise"]),
         ("demo", ["--out", "--minutes", "--length", "side_by_side.png"]),
     ],
 )
@@ -367,7 +368,7 @@ def test_demo_keeps_to_its_budget(files):
 
 WRONG = {
     "no command": ("", "Expected one of"),
-    "unknown command": ("paint", "paint.*info, convert, render, train, demo"),
+    "unknown command": ("paint", "paint.*info, convert, render, export, train, demo"),
     "unknown option": ("render --model toy --sedes 3", "--sedes"),
     "unknown option of train": ("train --stage1-step 3", "--stage1-step.*perhaps you meant --stage1-steps"),
     "option without value": ("train --preset", "--preset"),
@@ -401,6 +402,10 @@ WRONG = {
         "train --teacher {student} --out {tmp}/t --perceptual none",
         "student, expected a teacher",
     ),
+    "teacher to export": ("export {teacher} {tmp}/a.onnx", "is a teacher; only students can be exported"),
+    "missing student": ("export {tmp}/no.safetensors {tmp}/a.onnx", "no.safetensors: no such"),
+    "old opset": ("export {student} {tmp}/a/a.onnx --opset 12", "opset must be from 13 to .*, got 12"),
+    "wrong ending of export": ("export {student} {tmp}/a.pt", "must end in .onnx"),
     "wrong ending": ("render --model {teacher} --grid {tmp}/a.jpg", "must end in .png"),
     "wrong ending of film": ("render --model {teacher} --orbit {tmp}/a.gif", "must end in .mp4"),
     "a file as folder": (

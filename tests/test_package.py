@@ -30,12 +30,13 @@ COMPILED = (
 )
 
 
-def run(code: str, **environment) -> str:
+def run(code: str, cwd: Path | None = None, **environment) -> str:
     """What a fresh interpreter prints when it runs `code` in the checkout."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
     assert done.returncode == 0, done.stderr
@@ -270,6 +271,50 @@ def test_import_needs_no_compiler_and_no_triton():
         "from fastgen import _backends, ops\nprint(_backends.status()['triton'])\n"
     )
     assert "False" in run(code, PATH="/nowhere")
+
+
+# Ops, twice differentiated, without a word.
+USE = (
+    "import warnings\nwarnings.simplefilter('error')\nimport torch\nfrom fastgen import ops\n"
+    "x = torch.randn(1, 4, 8, 8, requires_grad=True)\n"
+    "f = ops.setup_filter([1, 3, 3, 1])\n"
+    "y = ops.filtered_lrelu(ops.upsample2d(ops.bias_act(x, act='lrelu'), f), f, f, padding=3)\n"
+    "y = ops.modulated_conv2d(y, torch.randn(4, 4, 3, 3), torch.randn(1, 4), padding=1)\n"
+    "(dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)\n"
+    "dx.square().sum().backward()\nprint(list(x.grad.shape), __import__('fastgen').__file__)\n"
+)
+
+
+def test_nothing_is_written_where_it_runs(tmp_path):
+    """No cache in the home folder, no lock file, no compiler at first call: all of it may be read-only."""
+    home = tmp_path / "home"
+    home.mkdir()
+    folders = {name: str(home) for name in ("HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "TMPDIR")}
+    home.chmod(0o555)
+    assert run(USE, PATH="/nowhere", **folders).startswith("[1, 4, 8, 8]")
+    assert not list(home.iterdir())
+
+
+def test_several_processes_begin_at_once():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", USE], stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(4)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert all(line.startswith("[1, 4, 8, 8]") for line in said)
+
+
+def test_in_a_folder_whose_name_has_spaces(tmp_path):
+    folder = tmp_path / "a folder, größer"
+    folder.mkdir()
+    (folder / "fastgen").symlink_to(ROOT / "fastgen")
+    code = USE + "from fastgen import _backends\nprint(_backends.status()['cpu'])\n"
+    shape, status = run(code, folder, PYTHONPATH=str(folder)).splitlines()
+    assert shape == f"[1, 4, 8, 8] {folder / 'fastgen/__init__.py'}"
+    usable, where = ast.literal_eval(status)
+    assert usable == _backends.status()["cpu"][0] and (not usable or where.startswith(str(folder)))
 
 
 def test_import_is_light():

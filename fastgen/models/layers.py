@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._define import is_transformed
 from ..ops._dispatch import has_kernel
 from ..ops.modulated_conv2d import modulated_conv2d_chained, takes_modulated
 
@@ -284,7 +285,8 @@ class SynthesisBlock(nn.Module):
         if self.in_channels == 0:
             x = self.const.unsqueeze(0).expand(ws.shape[0], -1, -1, -1)
         x = x.to(dtype)
-        if self.channels_last and (x.device.type == "cpu" or has_kernel("filtered_bias_act", x)):
+        fast = x.device.type == "cpu" or has_kernel("filtered_bias_act", x)
+        if self.channels_last and fast and not is_transformed():  # vmap has no memory formats
             x = x.contiguous(memory_format=torch.channels_last)
         styles = None
         if self.in_channels != 0:

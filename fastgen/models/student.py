@@ -101,6 +101,11 @@ class Student(nn.Module):
             antialias=sr_antialias,
             **self.config["superresolution_kwargs"],
         )
+        if superresolution_noise_mode == "none":
+            # Never in use: what waits for its gradient, as DistributedDataParallel does, would wait in vain.
+            for name, parameter in self.superresolution.named_parameters():
+                if name.endswith("noise_strength"):
+                    parameter.requires_grad_(False)
         if self.superresolution.img_resolution != img_resolution:
             raise ValueError(
                 f"Student: img_resolution must be {self.superresolution.img_resolution} with "

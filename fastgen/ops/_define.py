@@ -69,7 +69,10 @@ def define(
         torch.library.register_vmap(f"fastgen::{name}", vmap, lib=library)
 
     def call(*args):
-        return plain(*args) if choice() == "reference" else overload(*args)
+        # PyTorch has no way to register derivatives for torch.func, nor of forward mode, which it would leave
+        # out without a word.
+        by_reference = choice() == "reference" or (is_transformed() and not (vmap and _is_only_mapped()))
+        return plain(*args) if by_reference else overload(*args)
 
     call.__name__ = call.__qualname__ = name
     return call
@@ -114,7 +117,16 @@ def differentiate(function: Callable, inputs: Sequence[Tensor | None], grads: Se
 
 def is_transformed() -> bool:
     """Is this within torch.func's transforms, or in forward-mode differentiation?"""
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _is_only_mapped() -> bool:
+    """Is torch.func.vmap the only one of them?"""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    vmap = torch._C._functorch.TransformType.Vmap
+    return forward_ad._current_level < 0 and all(transform.key() == vmap for transform in stack)
 
 
 def _fresh(function: Callable) -> Callable:

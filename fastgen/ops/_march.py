@@ -92,3 +92,14 @@ def mean_depth(total: Tensor, weight: Tensor, depths: Tensor) -> Tensor:
     # Dividing 0 by 1 there keeps NaN out of the gradient.
     depth = total / torch.where(empty, 1.0, weight)
     return torch.where(empty | depth.isnan(), torch.inf, depth).clamp(depths.amin(), depths.amax())
+
+
+def composite(sigma: Tensor, colour: Tensor, depths: Tensor, white_back: bool):
+    """F [..., C], D [..., 1] and w [..., T - 1] of sorted samples [..., T], colour [..., T, C]."""
+    w = weights(sigma, depths)
+    weight = w.sum(-1, keepdim=True)
+    v = ends(w)
+    features = (v[..., None, :] @ colour)[..., 0, :]
+    if white_back:
+        features = features + 1 - weight
+    return features * 2 - 1, mean_depth((v * depths).sum(-1, keepdim=True), weight, depths), w

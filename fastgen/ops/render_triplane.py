@@ -22,7 +22,7 @@ from ._define import (
     wide_dtype,
     without_autocast,
 )
-from ._march import coarse_depths, ends, importance_depths, mean_depth, ray_limits, weights
+from ._march import coarse_depths, composite, importance_depths, ray_limits, weights
 from ._render_blocks import backward, forward
 from .sample_triplane import projection, sample_triplane_reference
 
@@ -45,13 +45,8 @@ def _decode(planes, w1, b1, w2, b2, origins, directions, depths, matrix):
 
 def _composite(sigma, colour, depths, white_back):
     """features, depth, weight of sorted samples by differentiable ops."""
-    w = weights(sigma, depths)
-    weight = w.sum(-1, keepdim=True)
-    v = ends(w)
-    features = (v[..., None, :] @ colour)[..., 0, :]
-    if white_back:
-        features = features + 1 - weight
-    return features * 2 - 1, mean_depth((v * depths).sum(-1, keepdim=True), weight, depths), weight
+    features, depth, w = composite(sigma, colour, depths, white_back)
+    return features, depth, w.sum(-1, keepdim=True)
 
 
 def render_triplane_reference(

@@ -158,6 +158,26 @@ class OpChecks:
             scale = want.abs().max().item() if want.numel() else 0.0
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * scale)
 
+    def test_func(self, few, device):
+        inputs = few.make(torch.float64, device)
+        names = [k for k, x in inputs.items() if x is not None and x.requires_grad]
+        tensors = tuple(inputs[name] for name in names)
+        tangents = tuple(torch.randn_like(x) for x in tensors)
+
+        def function(*tensors):
+            return self.run(few, {**inputs, **dict(zip(names, tensors, strict=True))})
+
+        out, change = torch.func.jvp(function, tensors, tangents)
+        torch.testing.assert_close(out, function(*tensors))
+        dy = torch.randn_like(out)
+        grads = torch.autograd.grad(function(*tensors), tensors, dy)
+        want = sum((grad * tangent).sum() for grad, tangent in zip(grads, tangents, strict=True))
+        torch.testing.assert_close((change * dy).sum(), want)
+        argnums = tuple(range(len(tensors)))
+        same = torch.func.grad(lambda *tensors: (function(*tensors) * dy).sum(), argnums)(*tensors)
+        for got, grad in zip(same, grads, strict=True):
+            torch.testing.assert_close(got, grad)
+
     @pytest.mark.parametrize("layout", ["strided", "transposed", "channels_last", "expanded"])
     def test_layout(self, case, device, layout, poisoned):
         inputs = case.make(device=device)

@@ -1,0 +1,72 @@
+"""What the dialects share: arguments that choose nothing here, and convolutions whose weights may go without
+gradients for a while."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_left_out = False
+
+
+def named(*functions: Callable) -> dict[str, Callable]:
+    return {function.__name__: function for function in functions}
+
+
+def accepting(function: Callable, name: str, values: tuple) -> Callable:
+    """The function, with an argument of that name besides, one of these values, which changes nothing."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        value = kwargs.pop(name, values[0])
+        if value not in values:
+            wanted = " or ".join(map(repr, values))
+            raise ValueError(f"{function.__name__}: {name} must be {wanted}, got {value!r}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def no_weight_gradients(disable: bool = True) -> Iterator[None]:
+    """Within it, backward passes give weights of convolutions no gradient: R1's need only the image's."""
+    global _left_out
+    before, _left_out = _left_out, _left_out or disable
+    try:
+        yield
+    finally:
+        _left_out = before
+
+
+class _Weight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None if _left_out else dy
+
+
+def weight_of(weight: Tensor) -> Tensor:
+    """The weight, with a gradient only outside no_weight_gradients."""
+    recorded = torch.is_grad_enabled() and weight.requires_grad
+    return _Weight.apply(weight) if recorded and not torch.compiler.is_compiling() else weight
+
+
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """torch.nn.functional.conv2d, of which every derivative exists, under no_weight_gradients."""
+    return F.conv2d(input, weight_of(weight), bias, stride, padding, dilation, groups)
+
+
+def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    """torch.nn.functional.conv_transpose2d, likewise."""
+    return F.conv_transpose2d(
+        input, weight_of(weight), bias, stride, padding, output_padding, groups, dilation
+    )
+
+
+GRADFIX = named(conv2d, conv_transpose2d, no_weight_gradients)

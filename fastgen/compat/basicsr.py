@@ -1,0 +1,56 @@
+"""`basicsr.ops`, and copies of it such as GPEN's `face_model.op`.
+
+As rosinality's, but that the slope comes second in FusedLeakyReLU, where there always is a bias. What some
+copies take besides, a device, is not needed.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from . import rosinality
+from ._shared import named
+from .rosinality import fused, upfirdn2d_op
+
+PREFIXES = ("basicsr.ops", "face_model.op")
+
+
+class FusedLeakyReLU(nn.Module):
+    """leaky_relu(x + bias) * scale, with a bias for each of `channel` channels."""
+
+    def __init__(self, channel, negative_slope=0.2, scale=2**0.5, device=None):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channel))
+        self.negative_slope, self.scale = negative_slope, scale
+
+    def forward(self, input):
+        return fused_leaky_relu(input, self.bias, self.negative_slope, self.scale)
+
+
+def fused_leaky_relu(
+    input: Tensor,  # [N, C, ...]
+    bias: Tensor,  # [C]
+    negative_slope: float = 0.2,
+    scale: float = 2**0.5,
+    device=None,
+) -> Tensor:
+    """leaky_relu(input + bias) * scale."""
+    return rosinality.fused_leaky_relu(input, bias, negative_slope, scale)
+
+
+def upfirdn2d(
+    input: Tensor,  # [N, C, H, W]
+    kernel: Tensor,  # [kh, kw]
+    up=1,  # or (x, y)
+    down=1,  # or (x, y)
+    pad=(0, 0),  # (before, after) on both axes, or (x0, x1, y0, y1)
+    device=None,
+) -> Tensor:
+    """Upsample, pad, convolve with the kernel, downsample."""
+    return rosinality.upfirdn2d(input, kernel, up, down, pad)
+
+
+MODULES = {
+    "fused_act": named(FusedLeakyReLU, fused_leaky_relu) | {"fused_act_ext": fused, "fused": fused},
+    "upfirdn2d": named(upfirdn2d) | {"upfirdn2d_ext": upfirdn2d_op, "upfirdn2d_op": upfirdn2d_op},
+}
+EXPORTS = named(FusedLeakyReLU, fused_leaky_relu, upfirdn2d)
