@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +24,7 @@ from fastgen.ops.bias_act import DEFAULTS
 INK, BLUE, ORANGE = "0.15", "#2060a0", "#d06010"
 FILTER = [1, 3, 3, 1]
 SEED = 5  # a head with ears: edges at all angles
-plt.rcParams |= {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
+STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def panels(count: int, width: float = 1.9, height: float = 2.1, rows: int = 1):
@@ -39,13 +40,19 @@ def show(axis, image: Tensor, title: str, **options):
         image = pictures.pixels(image)
         axis.imshow(image, interpolation="nearest")
     else:
-        axis.imshow(image, **{"cmap": "gray", "vmin": -1, "vmax": 1, "interpolation": "nearest"} | options)
+        axis.imshow(
+            image.numpy(), **{"cmap": "gray", "vmin": -1, "vmax": 1, "interpolation": "nearest"} | options
+        )
     axis.set_title(title)
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
         spine.set_visible(True)
         spine.set_color("0.8")
+
+
+def curve(x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    return x.detach().numpy(), y.detach().numpy()
 
 
 def zone_plate(size: int, fastest: float) -> Tensor:
@@ -69,7 +76,7 @@ def draw_upfirdn2d(head: Tensor):
 
 def draw_setup_filter(head: Tensor):
     figure, axes = panels(2, 2.6, 2.0)
-    f = ops.setup_filter(FILTER)
+    f = ops.setup_filter(FILTER).numpy()
     axes[0].imshow(f, cmap="Blues", vmin=0)
     for i in range(4):
         for j in range(4):
@@ -84,13 +91,14 @@ def draw_setup_filter(head: Tensor):
     axes[0].set_title("setup_filter([1, 3, 3, 1]) * 64")
     axes[0].set_axis_off()
     for taps, colour in (([1, 1], ORANGE), (FILTER, BLUE)):
-        response = torch.fft.rfft(ops.setup_filter(taps, separable=True), 256).abs()
-        axes[1].plot(torch.linspace(0, 0.5, len(response)), response, color=colour, label=str(taps))
+        response = torch.fft.rfft(ops.setup_filter(taps, separable=True), 256).abs().numpy()
+        axes[1].plot(np.linspace(0, 0.5, len(response)), response, color=colour, label=str(taps))
     axes[1].set(title="what it lets through", xlabel="periods per sample", ylim=(0, 1.05), xlim=(0, 0.5))
     axes[1].legend(frameon=False)
     return figure
 
 
+@torch.enable_grad()
 def draw_bias_act(head: Tensor):
     figure, axes = panels(5, 1.7, 1.5, rows=2)
     x = torch.linspace(-3, 3, 301, requires_grad=True)
@@ -99,8 +107,8 @@ def draw_bias_act(head: Tensor):
         (slope,) = torch.autograd.grad(y.sum(), x)
         axis.axhline(0, color="0.85", lw=0.8)
         axis.axvline(0, color="0.85", lw=0.8)
-        axis.plot(x.detach(), y.detach(), color=BLUE, label="value")
-        axis.plot(x.detach(), slope, color=ORANGE, ls="--", lw=1, label="derivative")
+        axis.plot(*curve(x, y), color=BLUE, label="value")
+        axis.plot(*curve(x, slope), color=ORANGE, ls="--", lw=1, label="derivative")
         axis.set(title=f"{act}, gain {gain:.4g}", ylim=(-2.2, 3.2), xticks=(-2, 0, 2), yticks=(-2, 0, 2))
     axes[-1].set_axis_off()
     axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False)
@@ -116,7 +124,7 @@ def draw_filtered_lrelu(head: Tensor):
     f = ops.setup_filter(taps, separable=True)
     plain = ops.bias_act(rings, act="lrelu")
     filtered = ops.filtered_lrelu(rings, f, f, up=2, down=2, padding=11)
-    corner = slice(52, 108), slice(92, 148)  # where rings are as fine as 0.36 to 0.45 of a period a pixel
+    corner = slice(52, 108), slice(92, 148)  # from 0.08 to 0.43 of a period a pixel
     show(axes[0], rings[0, 0][corner], "x: ever finer rings")
     show(axes[1], plain[0, 0][corner], "lrelu(x)", vmin=-0.4, vmax=1.4)
     show(axes[2], filtered[0, 0][corner], "filtered_lrelu(x)", vmin=-0.4, vmax=1.4)
@@ -129,7 +137,7 @@ def draw_filtered_lrelu(head: Tensor):
     ):
         spectrum = torch.fft.rfft(y[0, 0, 12, 100:300]).abs() / 100
         at = torch.linspace(0, 0.5, len(spectrum)) + (0.004 if colour == BLUE else -0.004)
-        axes[3].vlines(at, 0, spectrum, color=colour, lw=2, label=label)
+        axes[3].vlines(at.numpy(), 0, spectrum.numpy(), color=colour, lw=2, label=label)
     axes[3].set(title="a wave of 0.35: what comes out", xlabel="periods per sample", ylim=(0, 1.2), yticks=())
     axes[3].legend(frameon=False, loc="upper center", fontsize=7)
     return figure
@@ -169,7 +177,7 @@ def draw_modulated_conv2d(head: Tensor):
             ops.modulated_conv2d(noise, w, s.expand(1, 16), padding=1, demodulate=demodulate) for s in scales
         ]
         label = f"demodulate={demodulate}"
-        axes[4].plot(scales, [y.std().item() for y in out], color=colour, label=label)
+        axes[4].plot(scales.numpy(), [y.std().item() for y in out], color=colour, label=label)
     axes[4].set(title="deviation of the result", xlabel="all styles", xlim=(0, 4), ylim=(0, 4))
     axes[4].legend(frameon=False, loc="upper left", fontsize=7)
     return figure
@@ -220,8 +228,8 @@ def draw_sample_triplane(scene):
         )
         foot = torch.zeros(3)
         foot[column], foot[row] = point[column], point[row]
-        axis.plot(*(torch.stack([point, foot])[:, k] for k in (0, 2, 1)), "k:.", lw=1, ms=4, zorder=9)
-    axis.scatter(*(point[k] for k in (0, 2, 1)), color="black", s=18, zorder=10)
+        axis.plot(*(torch.stack([point, foot])[:, k].numpy() for k in (0, 2, 1)), "k:.", lw=1, ms=4, zorder=9)
+    axis.scatter(*(point[k].item() for k in (0, 2, 1)), color="black", s=18, zorder=10)
     for name, place in (("x", (1.1, 0, 0)), ("z", (-0.1, 1.2, 0)), ("y", (0, 0, 1.1))):
         axis.text(*place, name, zorder=11)
     axis.set_axis_off()
@@ -229,8 +237,8 @@ def draw_sample_triplane(scene):
     axis.view_init(24, -58)
     for i, (image, (column, row)) in enumerate(zip(images, axes_of, strict=True)):
         axis = figure.add_subplot(grid[i + 1])
-        axis.imshow(image, extent=(-1, 1, 1, -1), interpolation="nearest")
-        axis.scatter(point[column], point[row], color="black", s=18)
+        axis.imshow(image.numpy(), extent=(-1, 1, 1, -1), interpolation="nearest")
+        axis.scatter(point[column].item(), point[row].item(), color="black", s=18)
         axis.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1), xlabel=names[column], ylabel=names[row])
         axis.set_title(f"planes[:, {i}]")
     return figure
@@ -268,13 +276,13 @@ def draw_render_triplane(scene):
     )
     t = torch.linspace(start, end, 300)[None]
     along = F.softplus(density(teacher, planes, origins, directions, ray, t) - 1)
-    axis.plot(t[0], along[0] / along.max(), color=INK, lw=1, label="density")
+    axis.plot(*curve(t[0], along[0] / along.max()), color=INK, lw=1, label="density")
     for depths, height, colour, label in (
         (coarse, -0.1, BLUE, "coarse samples"),
         (fine, -0.22, ORANGE, "importance samples"),
     ):
-        axis.plot(depths[0], torch.full_like(depths[0], height), "|", color=colour, ms=7, label=label)
-    axis.axvline(out.depth[0, ray], ymax=0.68, color="0.6", lw=1, ls="--", label="depth")
+        axis.plot(*curve(depths[0], torch.full_like(depths[0], height)), "|", color=colour, ms=7, label=label)
+    axis.axvline(out.depth[0, ray].item(), ymax=0.68, color="0.6", lw=1, ls="--", label="depth")
     axis.set(xlabel="depth along one ray", yticks=(), ylim=(-0.35, 1.75))
     axis.set_title("where samples lie")
     axis.legend(frameon=False, fontsize=7, loc="upper center", ncols=2, columnspacing=1)
@@ -282,7 +290,7 @@ def draw_render_triplane(scene):
     show(axes[0], image[:3], "features, first three")
     for column, row in ((ray % side, ray // side),):
         axes[0].plot(column, row, "+", color="black", ms=8)
-    nearest, farthest = depth.min(), depth.max()
+    nearest, farthest = depth.min().item(), depth.max().item()
     show(axes[1], depth[0], "depth: near is dark", vmin=nearest, vmax=farthest)
     show(axes[2], weight[0], "weight", vmin=0, vmax=1)
     return figure
@@ -298,25 +306,23 @@ def density(teacher, planes, origins, directions, ray: int, depths: Tensor) -> T
     return teacher.decoder(features)[0][..., 0]
 
 
+@torch.no_grad()
+@plt.rc_context(STYLE)
 def draw(folder: Path) -> list[Path]:
     """Write ops_NAME.png for each function draw_NAME here."""
     teacher = fastgen.load_teacher("toy")
-    with torch.no_grad():
-        c = teacher.camera.at(teacher.camera.azimuth_mean + 0.5, teacher.camera.polar_mean - 0.15)
-        ws = teacher.mapping(pictures.latents([SEED], teacher.z_dim), c)
-        head = teacher.synthesis(ws, c)["image"]
-        scene = teacher, teacher.backbone_planes(ws), c
+    c = teacher.camera.at(teacher.camera.azimuth_mean + 0.5, teacher.camera.polar_mean - 0.15)
+    ws = teacher.mapping(pictures.latents([SEED], teacher.z_dim), c)
+    head = teacher.synthesis(ws, c)["image"]
+    scene = teacher, teacher.backbone_planes(ws), c
     written = []
     for name, function in globals().copy().items():
         if name.startswith("draw_"):
-            needs_gradient = name == "draw_bias_act"
-            with torch.set_grad_enabled(needs_gradient):
-                figure = function(scene if "triplane" in name else head)
-            written.append(folder / f"ops_{name.removeprefix('draw_')}.png")
-            figure.savefig(
-                written[-1], dpi=100, metadata={"Software": None}, bbox_inches="tight", pad_inches=0.04
-            )
+            figure = function(scene if "triplane" in name else head)
+            path = folder / f"ops_{name.removeprefix('draw_')}.png"
+            figure.savefig(path, dpi=100, metadata={"Software": None}, bbox_inches="tight", pad_inches=0.04)
             plt.close(figure)
+            written.append(path)
     return written
 
 
