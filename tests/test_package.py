@@ -326,13 +326,6 @@ def test_import_is_light():
     assert run(code) == "[]"
 
 
-def test_readme_example_runs():
-    block = (ROOT / "README.md").read_text().split("<!-- example -->\n```python\n")[1].split("```")[0]
-    printed = run(block).splitlines()
-    assert printed[0].startswith("{'image': [4, 3, 128, 128], 'feature_image': [4, 32, 64, 64]")
-    assert printed[1] == "[4, 64, 64, 64] [4, 64, 32, 32]"
-
-
 def test_found_from_the_folder_that_holds_the_clone(tmp_path):
     """There a folder named fastgen without an __init__.py lies in the way of an editable install."""
     (tmp_path / "fastgen").symlink_to(ROOT)

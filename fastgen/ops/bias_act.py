@@ -237,17 +237,23 @@ _bias_act_bwd2 = define(
 
 
 def bias_act(
-    x: Tensor,  # any shape
-    b: Tensor | None = None,  # [x.shape[dim]]
+    x: Tensor,
+    b: Tensor | None = None,
     dim: int = 1,
-    act: str = "linear",  # linear relu lrelu tanh sigmoid elu selu softplus swish
-    alpha: float | None = None,  # slope of lrelu below 0; None: 0.2
-    gain: float | None = None,  # None: sqrt 2 for relu, lrelu, swish; else 1
-    clamp: float | None = None,  # >= 0; None: none
+    act: str = "linear",
+    alpha: float | None = None,
+    gain: float | None = None,
+    clamp: float | None = None,
 ) -> Tensor:
     """clamp(act(x + b) * gain, -clamp, clamp).
 
-    b in another dtype is converted to x's.
+    x:         any shape
+    b:         [x.shape[dim]], converted to x's dtype; None: none
+    dim:       the dimension that b runs along
+    act:       linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus or swish
+    alpha:     slope of lrelu below 0; None: 0.2
+    gain:      None: sqrt 2 for relu, lrelu and swish, else 1
+    clamp:     at least 0; None: none
     Returns:   the shape, dtype and layout of x.
     Raises:    ValueError on shapes and values; TypeError on dtypes.
     Precision: computes in float32 (float64 for float64), rounds once; differentiable in x and b to any

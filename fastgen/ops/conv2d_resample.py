@@ -166,12 +166,12 @@ def check_resample(op: str, x, w, f, up, down, padding, groups: int = 1, names=(
 
 
 def conv2d_resample(
-    x: Tensor,  # [N, C, H, W]
-    w: Tensor,  # [O, C / groups, kh, kw]
-    f: Tensor | None = None,  # [taps] (separable) or [fh, fw]; None is the identity
+    x: Tensor,
+    w: Tensor,
+    f: Tensor | None = None,
     up: int = 1,
     down: int = 1,
-    padding: int | list[int] = 0,  # or [x, y] or [x0, x1, y0, y1], of the upsampled image
+    padding: int | list[int] = 0,
     groups: int = 1,
     flip_weight: bool = True,
     flip_filter: bool = False,
@@ -179,8 +179,15 @@ def conv2d_resample(
     """Upsample with f, convolve with w, downsample with f.
 
     upfirdn2d(x, f, up, padding, gain=up^2) if up > 1 -> convolution -> upfirdn2d(f, down) if down > 1, with
-    padding grown so that padding = k // 2 keeps the size times up / down. flip_weight=True correlates, as
-    torch's conv2d does; False convolves. w is taken in x's dtype, and both in autocast's.
+    padding grown so that padding = k // 2 keeps the size times up / down.
+    x:         [N, C, H, W]
+    w:         [O, C / groups, kh, kw], taken in x's dtype, and both in autocast's
+    f:         [taps] (separable) or [fh, fw]; None is the identity
+    up, down:  ints
+    padding:   an int, [x, y] or [x0, x1, y0, y1], of the upsampled image
+    groups:    of channels, as torch's conv2d has it
+    flip_weight: True correlates, as torch's conv2d does; False convolves
+    flip_filter: of f, as for upfirdn2d
     Returns:   [N, O, (H up + y0 + y1 - kh + 1) / down, ...] in x's dtype; sizes round down after resampling.
     Raises:    ValueError on shapes and values, TypeError on dtypes.
     Precision: that of torch's convolution; differentiable in x and w to any order; not in f.

@@ -146,20 +146,28 @@ def _is_fused(x: Tensor, fu: Tensor | None, fd: Tensor | None, up: int, down: in
 
 
 def filtered_lrelu(
-    x: Tensor,  # [N, C, H, W]
-    fu: Tensor | None = None,  # [taps] or [fh, fw], used at up times the size; None is the identity
-    fd: Tensor | None = None,  # the same before keeping every down-th sample
-    b: Tensor | None = None,  # [C]
+    x: Tensor,
+    fu: Tensor | None = None,
+    fd: Tensor | None = None,
+    b: Tensor | None = None,
     up: int = 1,
     down: int = 1,
-    padding: int | list[int] = 0,  # or [x, y] or [x0, x1, y0, y1], of the upsampled image
+    padding: int | list[int] = 0,
     gain: float = math.sqrt(2),
     slope: float = 0.2,
-    clamp: float | None = None,  # >= 0; None: none
+    clamp: float | None = None,
     flip_filter: bool = False,
 ) -> Tensor:
     """x + b -> upfirdn2d(fu, up, padding, gain=up^2) -> lrelu * gain, clamp -> upfirdn2d(fd, down).
 
+    x:         [N, C, H, W]
+    fu:        [taps] or [fh, fw], used at up times the size; None is the identity
+    fd:        the same, before every down-th sample is kept
+    b:         [C]; None: none
+    up, down:  ints
+    padding:   an int, [x, y] or [x0, x1, y0, y1], of the upsampled image
+    gain, slope, clamp: of the leaky ReLU; clamp is at least 0, None: none
+    flip_filter: correlate with fu and fd instead of convolving
     Returns:   [N, C, H', W'] with W' = (W up + x0 + x1 - fuw + 1 - fdw) // down + 1, H' likewise; dtype of x.
     Raises:    ValueError on shapes and values; TypeError on dtypes.
     Precision: computes in float32 (float64 for float64); where a compiled kernel runs it rounds once, else

@@ -16,7 +16,7 @@ _fma = define("fma(Tensor a, Tensor b, Tensor c) -> Tensor", reference=fma_refer
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c with broadcasting, as torch's.
 
-    b and c in another dtype are converted to a's.
+    a, b, c: tensors of any shapes that broadcast; b and c in another dtype are converted to a's.
     Returns:   the broadcast shape, dtype of a.
     Raises:    ValueError on shapes and devices; TypeError on dtypes.
     Precision: one rounding, in float32 or better; differentiable to any order.

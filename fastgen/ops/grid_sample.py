@@ -139,12 +139,14 @@ grid_sample_bwd = define(
 
 
 def grid_sample(
-    x: Tensor,  # [N, C, H, W]
-    grid: Tensor,  # [N, H', W', 2]: (column, row), -1 and 1 are the outer edges of the image
+    x: Tensor,
+    grid: Tensor,
 ) -> Tensor:
     """Bilinear samples, zeros outside, as torch's grid_sample with align_corners=False.
 
-    The grid may have another dtype, such as float32 for 16-bit images.
+    x:         [N, C, H, W]
+    grid:      [N, H', W', 2]: (column, row), where -1 and 1 are the outer edges of the image; it may have
+               another dtype, such as float32 for 16-bit images
     Returns:   [N, C, H', W'], dtype of x.
     Raises:    ValueError on shapes and devices; TypeError on dtypes.
     Precision: computes in float32 (float64 for float64 x); differentiable twice in x and grid.

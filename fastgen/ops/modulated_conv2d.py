@@ -277,17 +277,17 @@ _modulated_conv2d = define(
 
 
 def modulated_conv2d(
-    x: Tensor,  # [N, I, H, W]
-    weight: Tensor,  # [O, I, kh, kw]
-    styles: Tensor,  # [N, I]
-    noise: Tensor | None = None,  # broadcastable to the output
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    noise: Tensor | None = None,
     up: int = 1,
     down: int = 1,
-    padding: int | list[int] = 0,  # as for conv2d_resample
-    resample_filter: Tensor | None = None,  # [taps] (separable) or [fh, fw]
+    padding: int | list[int] = 0,
+    resample_filter: Tensor | None = None,
     demodulate: bool = True,
     flip_weight: bool = True,
-    bias: Tensor | None = None,  # [O]
+    bias: Tensor | None = None,
     act: str = "linear",
     alpha: float | None = None,
     act_gain: float | None = None,
@@ -296,8 +296,15 @@ def modulated_conv2d(
     """Scale channels by styles, convolve and resample, normalise, add noise and bias, activate.
 
     y[n] = conv2d_resample(x[n] * styles[n], weight);  out = clamp(act(y d + noise + bias) * act_gain), with
-    d[n,o] = rsqrt(sum((weight[o] * styles[n])^2) + 1e-8) if demodulate else 1. act, alpha, act_gain and clamp
-    are those of bias_act. Everything is taken in x's dtype, and x in autocast's.
+    d[n,o] = rsqrt(sum((weight[o] * styles[n])^2) + 1e-8) if demodulate else 1.
+    x:         [N, I, H, W]; everything is taken in its dtype, and x in autocast's
+    weight:    [O, I, kh, kw]
+    styles:    [N, I]
+    noise:     broadcastable to the output; None: none
+    up, down, padding, resample_filter, flip_weight: as for conv2d_resample; resample_filter is its f
+    demodulate: normalise by d
+    bias:      [O]; None: none
+    act, alpha, act_gain, clamp: as for bias_act; act_gain is its gain
     Returns:   [N, O, H', W'] as conv2d_resample. On a CPU channels_last is fast; other layouts are converted
                to it and back.
     Raises:    ValueError on shapes and values, TypeError on dtypes.

@@ -183,13 +183,13 @@ def _read_options(options: Mapping | object) -> dict:
 
 
 def render_triplane(
-    planes: Tensor,  # [N, 3, F, H, W]
-    decoder: Sequence[Tensor],  # w1 [D, F], b1 [D], w2 [1 + C, D], b2 [1 + C]
-    ray_origins: Tensor,  # [N, R, 3] world units
-    ray_directions: Tensor,  # [N, R, 3]
-    options: Mapping | object,  # mapping or dataclass
-    u_coarse: Tensor | None = None,  # [N, R, S, 1] in [0, 1)
-    u_fine: Tensor | None = None,  # [N, R, S_importance] in [0, 1)
+    planes: Tensor,
+    decoder: Sequence[Tensor],
+    ray_origins: Tensor,
+    ray_directions: Tensor,
+    options: Mapping | object,
+    u_coarse: Tensor | None = None,
+    u_fine: Tensor | None = None,
 ) -> RenderOutput:
     """Render rays through three feature planes and a two-layer decoder.
 
@@ -197,9 +197,16 @@ def render_triplane(
     softplus(x w1' + b1) w2' + b2 is density and colour, before softplus(. - 1) and a sigmoid; then, where
     weights are large, more depths by u_fine, which take no part in differentiation. Without u_coarse and
     u_fine samples lie in the middle of their intervals, and the result is deterministic.
-    options: ray_start, ray_end (world units, or both 'auto': where rays meet the cube of side box_warp),
-    depth_resolution S, depth_resolution_importance (0: a single pass), box_warp, white_back,
-    disparity_space_sampling, plane_axes as for sample_triplane; others are not looked at.
+    planes:    [N, 3, F, H, W]
+    decoder:   w1 [D, F], b1 [D], w2 [1 + C, D], b2 [1 + C]
+    ray_origins: [N, R, 3], world units
+    ray_directions: [N, R, 3]
+    options:   a mapping or dataclass: ray_start, ray_end (world units, or both 'auto': where rays meet the
+               cube of side box_warp), depth_resolution S, depth_resolution_importance (0: a single pass),
+               box_warp, white_back, disparity_space_sampling, plane_axes as for sample_triplane, clamp_mode
+               (only 'softplus'); others are not looked at
+    u_coarse:  [N, R, S, 1] in [0, 1)
+    u_fine:    [N, R, S_importance] in [0, 1)
     Returns:   features [N, R, C] in [-1, 1], dtype of planes; depth [N, R, 1] world units; weight [N, R, 1].
     Raises:    ValueError on shapes and values, TypeError on dtypes.
     Precision: computes in float32 (float64 for float64); memory grows with R (C + S + S_importance).

@@ -240,18 +240,23 @@ _sample_triplane_bwd2 = define(
 
 
 def sample_triplane(
-    planes: Tensor,  # [N, 3, C, H, W]
-    coordinates: Tensor,  # [N, M, 3], world units
-    box_warp: float = 1.0,  # side of the cube that the planes cover, world units
-    plane_axes: str | Sequence | Tensor = "eg3d",  # 'eg3d', 'fixed', or axes [3 planes, 3 axes, 3]
-    reduce: str | None = None,  # None or 'mean', over planes
+    planes: Tensor,
+    coordinates: Tensor,
+    box_warp: float = 1.0,
+    plane_axes: str | Sequence | Tensor = "eg3d",
+    reduce: str | None = None,
 ) -> Tensor:
     """Features of points: each plane sampled bilinearly where the point projects to, zero outside.
 
-    The first axis of a plane runs along its columns, the second along its rows. 'eg3d' is (x, y), (x, z),
-    (z, x), as the released EG3D checkpoints have it, 'fixed' (x, y), (x, z), (z, y). Other axes are nested
-    lists of numbers, or a tensor; but that is read on the host at each call: a wait for its device, and no
-    tracing by torch.compile or torch.export. They get no gradient.
+    planes:    [N, 3, C, H, W]
+    coordinates: [N, M, 3], world units
+    box_warp:  side of the cube that the planes cover, world units
+    plane_axes: 'eg3d': (x, y), (x, z), (z, x), as the released EG3D checkpoints have it, 'fixed': (x, y),
+               (x, z), (z, y), or axes [3 planes, 3 axes, 3], nested lists of numbers or a tensor. The first
+               axis of a plane runs along its columns, the second along its rows. A tensor is read on the host
+               at each call: a wait for its device, and no tracing by torch.compile or torch.export. Axes get
+               no gradient
+    reduce:    None, or 'mean', over planes
     Returns:   [N, 3, M, C], or [N, M, C] for the mean over planes, dtype of planes. Planes' gradient comes in
                their layout; channels-last planes are the fast ones. CUDA C++ adds it up by atomics, in any
                order, but in a fixed one where torch.use_deterministic_algorithms is set.

@@ -26,19 +26,24 @@ from ._define import (
 
 
 def setup_filter(
-    f,  # None, a number, taps, or rows of taps
+    f,
     device: torch.device | str | None = None,
     normalize: bool = True,
     flip_filter: bool = False,
     gain: float = 1,
     separable: bool | None = None,
 ) -> Tensor:
-    """A filter for the ops of this file, float32: [taps] (separable) or [fh, fw].
+    """A filter for upfirdn2d and its like, such as setup_filter([1, 3, 3, 1]).
 
-    f = None means [1]. Taps become the outer product with themselves unless `separable`, which None sets for
-    eight taps or more. `normalize` divides by the sum, `flip_filter` reverses, `gain` multiplies by
-    gain ** (ndim / 2).
-    Raises: ValueError on shapes and values, TypeError on what is not made of numbers.
+    f:           a number, taps, or rows of taps; None means [1]
+    device:      where the filter is to be; None: torch's default
+    normalize:   divide by the sum
+    flip_filter: reverse all axes
+    gain:        multiply by gain ** (ndim / 2)
+    separable:   keep taps as they are, for both axes, instead of their outer product with themselves; None:
+                 from eight taps on
+    Returns:     float32, [taps] (separable) or [fh, fw].
+    Raises:      ValueError on shapes and values, TypeError on what is not made of numbers.
     """
     op = "setup_filter"
     given = f
@@ -58,7 +63,8 @@ def setup_filter(
         f = f.outer(f)
     if normalize:
         total = f.sum()
-        require(f.is_meta or bool(total != 0), op, "f must not sum to 0 to be normalised, got {}", given)
+        known = not (f.is_meta or torch.compiler.is_compiling())
+        require(not known or bool(total != 0), op, "f must not sum to 0 to be normalised, got {}", given)
         f = f / total
     if flip_filter:
         f = f.flip(list(range(f.ndim)))
@@ -173,18 +179,23 @@ _upfirdn2d = define(
 
 
 def upfirdn2d(
-    x: Tensor,  # [N, C, H, W]
-    f: Tensor | None,  # [taps] (separable) or [fh, fw]; None is the identity
-    up: int | list[int] = 1,  # or [x, y]
-    down: int | list[int] = 1,  # or [x, y]
-    padding: int | list[int] = 0,  # or [x, y] or [x0, x1, y0, y1], of the upsampled image
+    x: Tensor,
+    f: Tensor | None,
+    up: int | list[int] = 1,
+    down: int | list[int] = 1,
+    padding: int | list[int] = 0,
     flip_filter: bool = False,
     gain: float = 1,
 ) -> Tensor:
     """Per channel: insert zeros, pad with zeros, convolve with f, keep every down-th sample.
 
-    After each sample come up - 1 zeros, after the last one too. Negative padding crops. The convolution keeps
-    the valid part; flip_filter=True makes it a correlation. The result is multiplied by gain once.
+    x:         [N, C, H, W]
+    f:         [taps] (separable) or [fh, fw], as setup_filter makes them; None is the identity
+    up:        an int or [x, y]; after each sample come up - 1 zeros, after the last one too
+    down:      an int or [x, y]
+    padding:   an int, [x, y] or [x0, x1, y0, y1], of the upsampled image; negative numbers crop
+    flip_filter: correlate with f; otherwise it is reversed, a true convolution. The valid part is kept
+    gain:      multiplies the result, once
     Returns:   [N, C, (H up + y0 + y1 - fh) // down + 1, (W up + x0 + x1 - fw) // down + 1], dtype of x.
     Raises:    ValueError on shapes, values, and an f larger than the padded image; TypeError on dtypes.
     Precision: accumulates in float32 (float64 for float64); differentiable in x to any order; not in f.
@@ -193,39 +204,54 @@ def upfirdn2d(
 
 
 def filter2d(
-    x: Tensor,  # [N, C, H, W]
-    f: Tensor | None,  # as for upfirdn2d
-    padding: int | list[int] = 0,  # what the result grows by
+    x: Tensor,
+    f: Tensor | None,
+    padding: int | list[int] = 0,
     flip_filter: bool = False,
     gain: float = 1,
 ) -> Tensor:
-    """upfirdn2d with as much padding as keeps the size."""
+    """upfirdn2d with as much padding as keeps the size.
+
+    x, f, flip_filter, gain: as for upfirdn2d
+    padding:   what the result grows by: an int, [x, y] or [x0, x1, y0, y1]
+    Returns:   [N, C, H, W], dtype of x.
+    """
     return _checked("filter2d", x, f, 1, 1, padding, flip_filter, gain, _same_growth)
 
 
 def upsample2d(
-    x: Tensor,  # [N, C, H, W]
-    f: Tensor | None,  # as for upfirdn2d
+    x: Tensor,
+    f: Tensor | None,
     up: int | list[int] = 2,
-    padding: int | list[int] = 0,  # what the result grows by
+    padding: int | list[int] = 0,
     flip_filter: bool = False,
     gain: float = 1,
 ) -> Tensor:
-    """upfirdn2d to up times the size; brightness is kept, so gain grows by the product of up."""
+    """upfirdn2d to up times the size; brightness is kept, so gain grows by the product of up.
+
+    x, f, up, flip_filter, gain: as for upfirdn2d
+    padding:   what the result grows by: an int, [x, y] or [x0, x1, y0, y1]
+    Returns:   [N, C, H up, W up], dtype of x.
+    """
     x_up, y_up = require_ints("upsample2d", "up", up, [2], at_least=1)
     gain = require_number("upsample2d", "gain", gain) * x_up * y_up
     return _checked("upsample2d", x, f, up, 1, padding, flip_filter, gain, _up_growth)
 
 
 def downsample2d(
-    x: Tensor,  # [N, C, H, W]
-    f: Tensor | None,  # as for upfirdn2d
+    x: Tensor,
+    f: Tensor | None,
     down: int | list[int] = 2,
-    padding: int | list[int] = 0,  # what the input grows by
+    padding: int | list[int] = 0,
     flip_filter: bool = False,
     gain: float = 1,
 ) -> Tensor:
-    """upfirdn2d to 1 / down times the size."""
+    """upfirdn2d to 1 / down times the size.
+
+    x, f, down, flip_filter, gain: as for upfirdn2d
+    padding:   what the input grows by: an int, [x, y] or [x0, x1, y0, y1]
+    Returns:   [N, C, H // down, W // down] where sizes are multiples of down, dtype of x.
+    """
     return _checked("downsample2d", x, f, 1, down, padding, flip_filter, gain, _down_growth)
 
 

@@ -143,6 +143,14 @@ def test_derivatives_of_every_order_are_upfirdn2d():
     assert_accurate(out, ops.upfirdn2d(x, F4, padding=[2, 1, 2, 1]))
 
 
+def test_setup_filter_is_traced():
+    def up(x):
+        return ops.upsample2d(x, ops.setup_filter([1, 3, 3, 1]))
+
+    x = torch.randn(1, 2, 4, 4)
+    assert torch.equal(torch.compile(up, fullgraph=True, backend="aot_eager")(x), up(x))
+
+
 def test_setup_filter():
     assert ops.setup_filter(None).tolist() == [[1]]
     assert ops.setup_filter(3, normalize=False).tolist() == [[9]]
