@@ -154,7 +154,6 @@ class ImportanceRenderer(nn.Module):
             all(getattr(type(self), step) is getattr(ImportanceRenderer, step) for step in steps)
             and type(self.ray_marcher) is MipRayMarcher2
             and options.get("density_noise", 0) == 0
-            and options["clamp_mode"] == "softplus"
             and planes.shape[1] == 3
         )
 
