@@ -213,7 +213,7 @@ class Export:
         except ModuleNotFoundError as error:
             if error.name != "onnx":
                 raise
-            raise ValueError("export needs onnx: pip install 'fastgen[onnx]'") from None
+            raise ValueError("export needs onnx: pip install onnx") from None
 
         for path in export.export(self.student, self.out, self.fp16, self.opset, self.noise):
             print(path)
