@@ -32,14 +32,14 @@ from torch import Tensor, nn
 
 from . import __version__, checkpoint
 from .models.layers import FullyConnectedLayer, MappingNetwork, SynthesisBlock, SynthesisLayer, ToRGBLayer
-from .models.student import Student
+from .models.student import RayMaps, Student
 from .pictures import prepare
 
 # The first one has all operators in the form that is used here.
 OPSETS = range(13, onnx.defs.onnx_opset_version() + 1)
 OPSET = 17  # of ONNX 1.12, mid-2022
 OPERATORS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "ReduceSum", "Add", "Sub", "Mul", "Div", "Sqrt"}
-OPERATORS |= {"LeakyRelu", "Clip", "Cast", "Concat", "Gather", "Slice", "Unsqueeze"}
+OPERATORS |= {"LeakyRelu", "Clip", "Cast", "Concat", "Gather", "Slice", "Unsqueeze", "Reshape", "Sin", "Cos"}
 GAIN = math.sqrt(2)  # of lrelu
 
 
@@ -93,12 +93,21 @@ def synthesis_model(
     graph.scope = "pose_mapping"
     ws, c = graph.input("ws", "N", student.num_ws, student.w_dim), graph.input("c", "N", 25)
     first, last = (graph("Gather", ws, graph.constant(i), axis=1) for i in (0, student.num_ws - 1))
+    if student.style_dims is not None:
+        first = graph(
+            "Mul", first, graph.constant((torch.arange(student.w_dim) < student.style_dims).float())
+        )
     style = _mapping(graph, student.pose_mapping, first, c)
 
     renderer, enlarge = student.renderer, student.superresolution
     x = image = None
     for size in renderer.block_resolutions:
-        x, image = _block(graph, getattr(renderer, f"b{size}"), f"renderer.b{size}", x, image, style, True)
+        block, path = getattr(renderer, f"b{size}"), f"renderer.b{size}"
+        extra = None
+        if student.ray_maps is not None:
+            graph.scope = f"{path}.rays"
+            extra = _ray_map(graph, student.ray_maps, c, size)
+        x, image = _block(graph, block, path, x, image, style, True, extra)
 
     graph.scope = "superresolution"
     features = image
@@ -232,14 +241,54 @@ def _depthwise(f: Tensor, channels: int) -> Tensor:
     return f.mul(4).expand(channels, 1, -1, -1)
 
 
+def _ray_map(graph: _Graph, maps: RayMaps, c: str, size: int) -> str:
+    """[N, channels, size, size], half."""
+
+    def column(*indices: int) -> str:  # of c, [N, len, 1]
+        return graph(
+            "Unsqueeze", graph("Gather", c, graph.constant(list(indices)), axis=1), graph.constant([2])
+        )
+
+    centre = (torch.arange(size) + 0.5) / size
+    v, u = (graph.constant(grid.reshape(1, 1, -1)) for grid in torch.meshgrid(centre, centre, indexing="ij"))
+    fx, skew, cx, fy, cy = map(column, (16, 17, 18, 20, 21))
+    y = graph("Div", graph("Sub", v, cy), fy)
+    x = graph("Div", graph("Sub", graph("Sub", u, cx), graph("Mul", skew, y)), fx)
+    right, down, forward, origin = (column(i, i + 4, i + 8) for i in range(4))
+    d = graph("Add", graph("Add", graph("Mul", x, right), graph("Mul", y, down)), forward)
+    d = graph(
+        "Div", d, graph("Sqrt", graph("ReduceSum", graph("Mul", d, d), graph.constant([1]), keepdims=1))
+    )
+    (o1, d1), (o2, d2) = (
+        [graph("Gather", vector, graph.constant(order), axis=1) for vector in (origin, d)]
+        for order in ([1, 2, 0], [2, 0, 1])
+    )
+    line = graph("Concat", d, graph("Sub", graph("Mul", o1, d2), graph("Mul", o2, d1)), axis=1)
+    scaled = [graph("Mul", line, graph.constant(frequency)) for frequency in maps.frequencies]
+    waves = [graph(wave, x) for x in scaled for wave in ("Sin", "Cos")]
+    weight = getattr(maps, f"r{size}").weight
+    shape = graph.constant([0, weight.shape[1], size, size])  # 0: N
+    lines = graph("Reshape", graph("Concat", line, *waves, axis=1), shape)
+    return graph("Conv", graph.half(lines), graph.constant(weight, half=True))
+
+
 def _block(
-    graph: _Graph, block: SynthesisBlock, path: str, x: str | None, image: str | None, w: str, noisy: bool
+    graph: _Graph,
+    block: SynthesisBlock,
+    path: str,
+    x: str | None,
+    image: str | None,
+    w: str,
+    noisy: bool,
+    extra: str | None = None,
 ) -> tuple[str, str]:
     """x, half, and the image, float32. w [N, w_dim] is of all layers."""
     if block.in_channels == 0:
         x = graph.constant(block.const[None], half=True)
     for name in ("conv0", "conv1")[-block.num_conv :]:
         graph.scope = f"{path}.{name}"
+        if name == "conv1" and extra is not None:
+            x = graph("Add", x, extra)
         x = _layer(graph, getattr(block, name), x, w, noisy)
     graph.scope = f"{path}.torgb"
     y = _to_rgb(graph, block.torgb, x, w)

@@ -23,6 +23,7 @@ from fastgen import export  # noqa: E402
 
 CASES = {
     "2X": {},
+    "2X, rays, half the style": {"pose_input": "rays", "style_dims": 8},
     "2X, shrunk": {"neural_rendering_resolution": 128, "conditioning_scale": 0.0},
     "2X, shrunk without antialias": {"neural_rendering_resolution": 128, "sr_antialias": False},
     "4X": {
@@ -57,7 +58,7 @@ def student(**overrides) -> Student:
     }
     made = Student(**config | overrides).eval().requires_grad_(False)
     for name, value in made.named_parameters():
-        if "torgb.weight" in name:
+        if "torgb.weight" in name or "ray_maps" in name:
             value.normal_()
         if "bias" in name or "noise_strength" in name:
             value += torch.randn_like(value) / 4
@@ -113,7 +114,7 @@ def test_opsets(opset):
     assert error(run(synthesis, ws=ws, c=c), made.synthesis(ws, c)["image"]) < 3e-3
 
 
-@pytest.mark.parametrize("case", ["2X", "8XDC"])
+@pytest.mark.parametrize("case", ["2X", "2X, rays, half the style", "8XDC"])
 def test_float16(case):
     made = student(**CASES[case])
     model = export.synthesis_model(made, fp16=True)

@@ -21,6 +21,7 @@ _CHOICES = {
     "perceptual": PerceptualKind.__args__,
     "student": ("full", "compact", "toy"),
     "cooldown": ("none", "cosine"),
+    "pose_input": ("mapping", "rays"),
 }
 _AT_LEAST_1 = (
     *("batch_size", "poses_per_latent", "replay_reuse", "r1_interval", "hr_interval", "log_every"),
@@ -60,6 +61,11 @@ class TrainConfig:
     """Folder for config.json, stats.jsonl, sample grids, TensorBoard events, checkpoints."""
     student: Literal["full", "compact", "toy"] = "full"
     """Size: 'full' is the paper's, 'compact' a narrower one for speed, 'toy' fits the toy teacher."""
+    pose_input: Literal["mapping", "rays"] = "mapping"
+    """How the pose reaches the student: 'mapping' by its style alone, as the paper's; 'rays' in addition by a
+    map of each pixel's ray at every resolution."""
+    style_share: float = 1.0
+    """Share of the style code's numbers that the student's renderer sees, for an ablation."""
     camera: str = "auto"
     """Render poses: 'auto' (the data set's labels when reals is one, else what the checkpoint or its data set
     says), or the name of a preset in fastgen.presets whose pose distribution to use."""
@@ -195,6 +201,7 @@ class TrainConfig:
             if name in _CHOICES:
                 self._require(name, value in _CHOICES[name], "one of " + ", ".join(_CHOICES[name]))
         self._require("gpc_reg_prob", 0 <= self.gpc_reg_prob <= 1, "in [0, 1]")
+        self._require("style_share", 0 < self.style_share <= 1, "above 0 and at most 1")
         self._require("seed", self.seed < 2**63, "below 2^63")
         cameras = ("auto", *presets.PRESETS)
         self._require("camera", self.camera in cameras, "one of " + ", ".join(cameras))

@@ -62,7 +62,8 @@ def distil(
     super_resolve). Both times are of time.monotonic(): past `stage2_by` stage 1 ends where it is and stage 2
     begins, past `deadline` the run saves and stops. Writes to config.out; see the module's docstring.
     Raises: ValueError or FileNotFoundError on a configuration that cannot run, before anything is written;
-      FloatingPointError naming the term on a loss that is not finite.
+      FloatingPointError naming the term and step on a loss or gradient that is not finite, after saving the
+      state before that step.
     """
     device = find_device(config.device)
     out = Path(config.out)
@@ -84,7 +85,14 @@ def distil(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        student = Student.from_teacher(teacher, config.student, config.neural_rendering_resolution).to(device)
+        seen = None if config.style_share == 1 else math.ceil(config.style_share * teacher.w_dim)
+        student = Student.from_teacher(
+            teacher,
+            config.student,
+            config.neural_rendering_resolution,
+            pose_input=config.pose_input,
+            style_dims=seen,
+        ).to(device)
         discriminator = (
             _make_discriminator(config, teacher, from_file).to(device) if config.has_discriminator else None
         )
@@ -165,10 +173,7 @@ def distil(
             loss = sum(weights[name] * term for name, term in terms.items())
             student_optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            values = _finite({**terms, "loss": loss}, step)
-            student_optimiser.step()
-            images += len(ws)
-            _update_average(average, student, config, images, len(ws))
+            terms |= {"loss": loss, "gradient": _gradient_norm(student)}
             fake = {name: image.detach() for name, image in fake.items()}
 
             # Discriminator.
@@ -176,14 +181,25 @@ def distil(
                 discriminator.requires_grad_(True)
                 real, real_c = reals.batch(step, target)
                 loss = discriminator_loss(discriminator(real, real_c), discriminator(fake, c))
-                terms = {"discriminator": loss}
+                terms["discriminator"] = loss
                 if step % config.r1_interval == 0 and config.r1_gamma > 0:
                     terms["r1"] = r1_penalty(discriminator, real, real_c)
                     loss = loss + config.r1_gamma / 2 * config.r1_interval * terms["r1"]
                 discriminator_optimiser.zero_grad(set_to_none=True)
                 loss.backward()
-                values |= _finite(terms, step)
+                terms["discriminator_gradient"] = _gradient_norm(discriminator)
+
+            # Nothing has changed yet: what is not finite never reaches a weight.
+            try:
+                values = _finite(terms, step)
+            except FloatingPointError:
+                save()
+                raise
+            student_optimiser.step()
+            if adversarial:
                 discriminator_optimiser.step()
+            images += len(ws)
+            _update_average(average, student, config, images, len(ws))
 
             step += 1
             if step % config.log_every == 0 or step == config.steps:
@@ -268,6 +284,10 @@ def _update_average(average: nn.Module, student: nn.Module, config: TrainConfig,
     torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - keep)
     for mean, now in zip(average.buffers(), student.buffers(), strict=True):
         mean.copy_(now)
+
+
+def _gradient_norm(network: nn.Module) -> Tensor:
+    return nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
 def _finite(terms: dict[str, Tensor], step: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ Source: Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleG
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -277,6 +278,7 @@ class SynthesisBlock(nn.Module):
         img: Tensor | None,  # [N, img_channels, h, w], or None
         ws: Tensor,  # [N, num_conv + num_torgb, w_dim]
         noise_mode: str = "random",
+        extra: Tensor | None = None,  # [N, out_channels, H, W], added to what conv1 takes
     ) -> tuple[Tensor, Tensor]:
         """Returns: x [N, C, H, W] and img [N, img_channels, H, W], H = W = resolution."""
         half = torch.float16 if self.use_fp16 and ws.device.type == "cuda" else ws.dtype
@@ -290,9 +292,11 @@ class SynthesisBlock(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         styles = None
         if self.in_channels != 0:
-            if takes_modulated(x, self.resolution**2, self.conv1.weight):
+            if extra is None and takes_modulated(x, self.resolution**2, self.conv1.weight):
                 styles = self.conv1.affine(w[1])
             x = self.conv0(x, w[0], noise_mode, next_styles=styles)
+        if extra is not None:
+            x = x + extra.to(x.dtype)
         x = self.conv1(x, w[self.num_conv - 1], noise_mode, styles)
         y = self.torgb(x, w[self.num_conv]).to(ws.dtype)
         if img is None:
@@ -350,9 +354,10 @@ class SynthesisNetwork(nn.Module):
         ws: Tensor,  # [N, num_ws, w_dim]
         noise_mode: str = "random",
         resolution: int | None = None,
+        extra: Callable[[int], Tensor | None] = lambda resolution: None,
     ) -> Tensor:
         """Returns: [N, img_channels, img_resolution, img_resolution], or the smaller sum at `resolution`; in
-        memory as the convolutions left it.
+        memory as the convolutions left it. extra(resolution) is what that block's conv1 gets added.
         """
         require_shape("synthesis", "ws", ws, (None, self.num_ws, self.w_dim), "[N, num_ws, w_dim]")
         ws = ws.to(self.b4.const.dtype)
@@ -362,6 +367,7 @@ class SynthesisNetwork(nn.Module):
             if resolution is not None and res > resolution:
                 break
             block = getattr(self, f"b{res}")
-            x, img = block(x, img, ws[:, first : first + block.num_conv + 1], noise_mode)
+            inner = ws[:, first : first + block.num_conv + 1]
+            x, img = block(x, img, inner, noise_mode, extra(res))
             first += block.num_conv
         return img

@@ -8,12 +8,15 @@ arXiv 2303.12865.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from .layers import MappingNetwork, SynthesisNetwork, require_shape
+from .. import camera
+from .layers import MappingNetwork, SynthesisNetwork, channels_at, require_shape
 from .superresolution import SuperResolution
 
 
@@ -35,6 +38,33 @@ SIZES = {
 }
 
 
+class RayMaps(nn.Module):
+    """The rays of a camera's pixels as maps for convolutions.
+
+    A ray of origin o and direction d is the line (d, o x d), Plücker's coordinates, which do not depend on
+    where along it o lies; each of the six is encoded by sines and cosines of four frequencies. A 1x1
+    convolution, zero to begin with, turns the 54 numbers into a block's channels.
+    """
+
+    frequencies = (1.0, 2.0, 4.0, 8.0)
+
+    def __init__(self, channels: dict[int, int]):  # by resolution
+        super().__init__()
+        features = 6 * (1 + 2 * len(self.frequencies))
+        for resolution, width in channels.items():
+            layer = nn.Conv2d(features, width, 1, bias=False)
+            nn.init.zeros_(layer.weight)
+            setattr(self, f"r{resolution}", layer)
+
+    def forward(self, c: Tensor, resolution: int) -> Tensor:  # [N, 25]
+        """Returns: [N, channels, resolution, resolution]."""
+        origins, directions = camera.rays(c, resolution)
+        line = torch.cat([directions, torch.linalg.cross(origins, directions)], -1)
+        waves = [f(line * frequency) for frequency in self.frequencies for f in (torch.sin, torch.cos)]
+        maps = torch.cat([line, *waves], -1).transpose(1, 2).unflatten(2, (resolution, resolution))
+        return getattr(self, f"r{resolution}")(maps)
+
+
 class Student(nn.Module):
     """The convolutional renderer with the teacher's call shape.
 
@@ -43,7 +73,9 @@ class Student(nn.Module):
     img_resolution, neural_rendering_resolution, feature_channels: the images', as the teacher's
     channel_base, channel_max: the renderer's width, min(channel_base // resolution, channel_max)
     style_dim, style_layers, style_lr_multiplier: the pose mapping from w and c to the renderer's style
-    pose_input:           'mapping': the pose enters through the pose mapping alone
+    pose_input:           'mapping': the pose enters through the pose mapping alone; 'rays': in addition each
+                          pixel's ray, at every resolution (RayMaps)
+    style_dims:           how many of w's numbers reach the renderer; None: all. For an ablation
     superresolution, superresolution_kwargs, sr_antialias, superresolution_noise_mode: as the teacher's
 
     `config` holds all of these as plain values; Student(**config) builds the same network.
@@ -66,6 +98,7 @@ class Student(nn.Module):
         style_layers: int = 3,
         style_lr_multiplier: float = 0.01,
         pose_input: str = "mapping",
+        style_dims: int | None = None,
         superresolution: str = "SuperresolutionHybrid8XDC",
         superresolution_kwargs: Mapping | None = None,
         sr_antialias: bool = True,
@@ -74,8 +107,11 @@ class Student(nn.Module):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.config["superresolution_kwargs"] = dict(superresolution_kwargs or {})
-        if pose_input != "mapping":
-            raise ValueError(f"Student: pose_input must be 'mapping', got {pose_input!r}")
+        if pose_input not in ("mapping", "rays"):
+            raise ValueError(f"Student: pose_input must be 'mapping' or 'rays', got {pose_input!r}")
+        if style_dims is not None and not 1 <= style_dims <= w_dim:
+            raise ValueError(f"Student: style_dims must be from 1 to {w_dim}, got {style_dims!r}")
+        self.style_dims = style_dims
         self.z_dim, self.c_dim, self.w_dim, self.num_ws = z_dim, c_dim, w_dim, num_ws
         self.img_resolution, self.neural_rendering_resolution = img_resolution, neural_rendering_resolution
         self.conditioning_scale, self.superresolution_noise_mode = (
@@ -88,6 +124,8 @@ class Student(nn.Module):
         self.renderer = SynthesisNetwork(
             style_dim, neural_rendering_resolution, feature_channels, channel_base, channel_max
         )
+        widths = {r: channels_at(r, channel_base, channel_max) for r in self.renderer.block_resolutions}
+        self.ray_maps = RayMaps(widths) if pose_input == "rays" else None
         # Every block but the first begins by adding nothing, so that a run that grows goes on where it was.
         for resolution in self.renderer.block_resolutions[1:]:
             nn.init.zeros_(getattr(self.renderer, f"b{resolution}").torgb.weight)
@@ -163,8 +201,9 @@ class Student(nn.Module):
 
     def renderer_parameters(self) -> Iterator[nn.Parameter]:
         """The weights that start from scratch: pose mapping and renderer."""
-        yield from self.pose_mapping.parameters()
-        yield from self.renderer.parameters()
+        for part in (self.pose_mapping, self.renderer, self.ray_maps):
+            if part is not None:
+                yield from part.parameters()
 
     def mapping(
         self,
@@ -195,7 +234,11 @@ class Student(nn.Module):
         """
         require_shape("Student.render", "ws", ws, (None, self.num_ws, self.w_dim), "[N, num_ws, w_dim]")
         require_shape("Student.render", "c", c, (ws.shape[0], 25), "[N, 25]")
-        features = self.renderer(self.pose_mapping(ws[:, 0], c), noise_mode, resolution).contiguous()
+        w = ws[:, 0]
+        if self.style_dims is not None:
+            w = torch.cat([w[:, : self.style_dims], torch.zeros_like(w[:, self.style_dims :])], 1)
+        extra = {} if self.ray_maps is None else {"extra": functools.partial(self.ray_maps, c)}
+        features = self.renderer(self.pose_mapping(w, c), noise_mode, resolution, **extra).contiguous()
         return {"feature_image": features, "image_raw": features[:, :3]}
 
     def super_resolve(self, feature_image: Tensor, ws: Tensor, noise_mode: str | None = None) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastgen
-from fastgen import checkpoint
+from fastgen import camera, checkpoint
 from fastgen.camera import CameraDistribution
 from fastgen.models.student import SIZES, Student
 from fastgen.models.teacher import Teacher
@@ -146,7 +146,30 @@ def test_errors(teacher, student):
         student.synthesis(torch.randn(2, student.num_ws, student.w_dim), c, 16)
     with pytest.raises(ValueError, match="size must be one of full, compact, toy, got 'tiny'"):
         Student.from_teacher(teacher, "tiny")
-    with pytest.raises(ValueError, match="pose_input must be 'mapping', got 'rays'"):
-        Student(pose_input="rays")
+    with pytest.raises(ValueError, match="pose_input must be 'mapping' or 'rays', got 'pixels'"):
+        Student(pose_input="pixels")
+    with pytest.raises(ValueError, match="style_dims must be from 1 to 512, got 0"):
+        Student(style_dims=0)
     with pytest.raises(ValueError, match="img_resolution must be 128"):
         Student.from_teacher(teacher, "toy", img_resolution=256)
+
+
+def test_rays_come_in_at_every_resolution(teacher):
+    plain = Student.from_teacher(teacher, "toy", pose_input="rays")
+    ws, c = torch.randn(2, plain.num_ws, plain.w_dim), CameraDistribution().sample(2)
+    for resolution in plain.renderer.block_resolutions:
+        torch.nn.init.normal_(getattr(plain.renderer, f"b{resolution}").torgb.weight)
+    image = plain.render(ws, c)["feature_image"]
+    for resolution in plain.renderer.block_resolutions:
+        layer = getattr(plain.ray_maps, f"r{resolution}")
+        assert not layer.weight.any()  # it begins where a student without rays does
+        torch.nn.init.normal_(layer.weight)
+        assert not torch.allclose(plain.render(ws, c)["feature_image"], image)
+        torch.nn.init.zeros_(layer.weight)
+    # A line's coordinates: the same for every point of the ray, and of the right pixel.
+    seen = []
+    plain.ray_maps.r4.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    plain.render(ws, c)
+    origins, directions = camera.rays(c, 4)
+    line = torch.cat([directions, torch.linalg.cross(origins + 0.7 * directions, directions)], -1)
+    torch.testing.assert_close(seen[0][:, :6], line.transpose(1, 2).unflatten(2, (4, 4)))

@@ -254,6 +254,48 @@ def test_loss_that_is_not_finite_is_named(teacher, config, monkeypatch):
     monkeypatch.setattr(loop, "generator_loss", poisoned)
     with pytest.raises(FloatingPointError, match="step 4: the loss term adv is inf"):
         distil(config, teacher, progress=False)
+    # What was saved is the state before that step: going on from it is what the run would have done.
+    monkeypatch.setattr(loop, "generator_loss", original)
+    assert torch.load(Path(config.out) / "resume.pt", weights_only=True)["step"] == 4
+    again = distil(dataclasses.replace(config, resume=True), teacher, progress=False)
+    whole = distil(dataclasses.replace(config, out=config.out + "2"), teacher, progress=False)
+    assert again.step == whole.step == config.steps
+    for a, b in zip(again.student.state_dict().values(), whole.student.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("poisoned", ["generator_loss", "discriminator_loss"])
+def test_gradient_that_is_not_finite_reaches_no_weight(teacher, config, monkeypatch, poisoned):
+    original = getattr(loop, poisoned)
+    # 0 sqrt(0) has the value 0 and no gradient.
+    monkeypatch.setattr(
+        loop, poisoned, lambda *logits: original(*logits) + (logits[-1] * 0).sum().abs().sqrt()
+    )
+    name = {"generator_loss": "gradient", "discriminator_loss": "discriminator_gradient"}[poisoned]
+    with pytest.raises(FloatingPointError, match=f"step 3: the loss term {name} is nan"):
+        distil(config, teacher, progress=False)
+    saved = torch.load(Path(config.out) / "resume.pt", weights_only=True)
+    for part in ("student", "discriminator"):
+        assert all(x.isfinite().all() for x in saved[part].values())
+
+
+@pytest.mark.parametrize("changed", [{"pose_input": "rays"}, {"style_share": 0.5}])
+def test_variants_of_the_student_train_and_load(teacher, config, changed):
+    config = dataclasses.replace(config, **changed)
+    run = distil(config, teacher, progress=False)
+    student = fastgen.load_student(run.out / "student.safetensors")
+    assert student.config["pose_input"] == config.pose_input
+    ws, c = torch.randn(2, student.num_ws, student.w_dim), teacher.camera.sample(2)
+    with torch.no_grad():
+        image = student.synthesis(ws, c)["feature_image"]
+        assert torch.equal(image, run.student.synthesis(ws, c)["feature_image"])
+        unseen = torch.cat(
+            [ws[..., : student.w_dim // 2], torch.randn_like(ws[..., student.w_dim // 2 :])], -1
+        )
+        same = torch.equal(student.synthesis(unseen, c)["feature_image"], image)
+        assert same == ("style_share" in changed)
+    if config.pose_input == "rays":
+        assert all(weight.abs().sum() > 0 for weight in student.ray_maps.parameters())
 
 
 def test_discriminator_starts_from_the_checkpoint(original, config):
