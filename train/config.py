@@ -24,7 +24,15 @@ _CHOICES = {
     "pose_input": ("mapping", "rays"),
 }
 _AT_LEAST_1 = (
-    *("batch_size", "poses_per_latent", "replay_reuse", "r1_interval", "hr_interval", "log_every"),
+    *(
+        "batch_size",
+        "accumulate",
+        "poses_per_latent",
+        "replay_reuse",
+        "r1_interval",
+        "hr_interval",
+        "log_every",
+    ),
     *("grid_images", "discriminator_channels", "discriminator_channel_max"),
 )
 _AT_LEAST_0 = (
@@ -76,7 +84,9 @@ class TrainConfig:
     reals: str = "teacher"
     """Real images for the discriminator: 'teacher' (its own), or an EG3D zip or folder with dataset.json."""
     batch_size: int = 16
-    """Images per step."""
+    """Images per step, of all processes together."""
+    accumulate: int = 1
+    """Parts that a process computes its share of a batch in, one after the other, for want of memory."""
     gpc_reg_prob: float = 0.5
     """Probability that the pose which conditions the mapping is another image's, as EG3D trains."""
     poses_per_latent: int = 1
@@ -164,6 +174,8 @@ class TrainConfig:
     # Running.
     device: str = "auto"
     """'auto' (GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
+    timeout: float = 600.0
+    """Seconds after which a process of several (torchrun, SLURM) that does not answer ends the run."""
     seed: int = 0
     """Fixes targets, batches and initial weights; below 2^63."""
     resume: bool = False
@@ -193,7 +205,7 @@ class TrainConfig:
                 self._require(name, value >= 1, "at least 1")
             if name in _AT_LEAST_0 or name.startswith("lambda_"):
                 self._require(name, value >= 0, "at least 0")
-            if name in ("lr", "lr_adversarial", "lr_discriminator", "smooth_l1_beta"):
+            if name in ("lr", "lr_adversarial", "lr_discriminator", "smooth_l1_beta", "timeout"):
                 self._require(name, value > 0, "above 0")
             if name.startswith("betas"):
                 inside = len(value) == 2 and all(0 <= beta < 1 for beta in value)

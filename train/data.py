@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Phase, TrainConfig
+from .distributed import World
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -60,35 +61,49 @@ def render_targets(
 
 
 class TargetStream:
-    """Batches of teacher targets: batch(step) is a pure function of the configuration and the step.
+    """Batches of teacher targets: batch(step) is a pure function of the configuration and the step, and of
+    several processes each has its share of it.
 
     With config.replay, a batch is drawn from the last `replay` rendered targets, kept in 16 bits; every
     replay_reuse steps a new chunk of one batch is rendered. A chunk, too, depends on its number only: after a
     resume the chunks still in use are rendered again. Each phase of config.growth begins with an empty stock.
     """
 
-    def __init__(self, teacher: torch.nn.Module, poses: Poses, config: TrainConfig, device: torch.device):
-        self.teacher, self.poses, self.config, self.device = teacher, poses, config, device
+    def __init__(
+        self,
+        teacher: torch.nn.Module,
+        poses: Poses,
+        config: TrainConfig,
+        device: torch.device,
+        world: World = World(),  # noqa: B008  (frozen)
+    ):
+        self.teacher, self.poses, self.config, self.device, self.world = teacher, poses, config, device, world
         self._kept: deque[tuple[int, dict[str, Tensor]]] = deque()
         self._kept_phase: Phase | None = None
 
     def chunk(self, phase: Phase, index: int) -> dict[str, Tensor]:
-        """Render the targets number `index` of a phase: one batch, poses_per_latent poses of each latent."""
-        config = self.config
+        """Render the share of the targets number `index` of a phase: one batch, poses_per_latent poses of
+        each latent, one pose of all the latents after the other.
+        """
+        config, poses = self.config, self.config.poses_per_latent
         random = generator_for(config.seed, f"targets {phase.first_step}", index)
-        latents = phase.batch_size // config.poses_per_latent
+        latents = phase.batch_size // poses
         z = torch.randn(latents, self.teacher.z_dim, generator=random)
         c = self.poses.sample(phase.batch_size, random)
         # The conditioning pose is the (first) render pose, or with probability gpc_reg_prob another one.
         swap = torch.rand(latents, 1, generator=random) < config.gpc_reg_prob
-        conditioning = torch.where(swap, self.poses.sample(latents, random), c[:: config.poses_per_latent])
+        conditioning = torch.where(swap, self.poses.sample(latents, random), c[::poses])
+        z, conditioning, c = map(self.world.share, (z, conditioning, c.unflatten(0, (latents, poses))))
         with torch.no_grad():
             ws = self.teacher.mapping(z.to(self.device), conditioning.to(self.device))
         resolution = phase.resolution or config.neural_rendering_resolution
         target = render_targets(
-            self.teacher, ws, c.to(self.device), resolution, final=phase.resolution is None
+            self.teacher, ws, c.flatten(0, 1).to(self.device), resolution, final=phase.resolution is None
         )
         del target["image_depth"]
+        if poses > 1:
+            rows = {name: t.unflatten(0, (-1, poses)) for name, t in target.items()}
+            target = {name: t.transpose(0, 1).flatten(0, 1) for name, t in rows.items()}
         return target
 
     def batch(self, step: int) -> dict[str, Tensor]:
@@ -108,10 +123,11 @@ class TargetStream:
             chunk = self.chunk(phase, index)
             del chunk["image_raw"]
             kept = {name: t.half() if name in ("feature_image", "image") else t for name, t in chunk.items()}
-            self._kept.append((index, kept))
+            # All of it on each: a batch is drawn across all.
+            self._kept.append((index, {name: self.world.gather(t) for name, t in kept.items()}))
         random = generator_for(self.config.seed, f"replay {phase.first_step}", step)
         order = torch.randperm(len(self._kept) * phase.batch_size, generator=random)[: phase.batch_size]
-        picks = [divmod(i, phase.batch_size) for i in order.tolist()]
+        picks = [divmod(i, phase.batch_size) for i in self.world.share(order).tolist()]
         names = self._kept[0][1]
         batch = {name: torch.stack([self._kept[i][1][name][j] for i, j in picks]).float() for name in names}
         batch["image_raw"] = batch["feature_image"][:, :3]
@@ -213,15 +229,22 @@ class RealStream:
     """Real images for the discriminator: a data set's, or where there is none the step's own targets."""
 
     def __init__(
-        self, config: TrainConfig, raw_resolution: int, dataset: ImageDataset | None, device: torch.device
+        self,
+        config: TrainConfig,
+        raw_resolution: int,
+        dataset: ImageDataset | None,
+        device: torch.device,
+        world: World = World(),  # noqa: B008  (frozen)
     ):
         self.config, self.raw_resolution, self.dataset, self.device = config, raw_resolution, dataset, device
+        self.world = world
 
     def batch(self, step: int, targets: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Images {'image', 'image_raw'} and their poses."""
         if self.dataset is None:
             return {key: targets[key] for key in ("image", "image_raw")}, targets["c"]
-        image, c = self.dataset.batch(self.config.batch_size, generator_for(self.config.seed, "reals", step))
+        batch = self.dataset.batch(self.config.batch_size, generator_for(self.config.seed, "reals", step))
+        image, c = map(self.world.share, batch)
         size = (self.raw_resolution, self.raw_resolution)
         raw = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
         return {"image": image.to(self.device), "image_raw": raw.to(self.device)}, c.to(self.device)

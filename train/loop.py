@@ -6,6 +6,7 @@ averaged student, what fastgen.load_student reads)."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import math
@@ -27,6 +28,7 @@ from fastgen.models.student import Student
 
 from .config import TrainConfig
 from .data import ImageDataset, Poses, RealStream, TargetStream
+from .distributed import World, world
 from .losses import discriminator_loss, generator_loss, make_perceptual, r1_penalty, reconstruction_terms
 from .metrics import psnr
 from .run import Grid, Log, StopSignals, read_checkpoint, set_random_state, write_checkpoint
@@ -65,9 +67,22 @@ def distil(
       FloatingPointError naming the term and step on a loss or gradient that is not finite, after saving the
       state before that step.
     """
-    device = find_device(config.device)
+    with world(find_device(config.device), config.timeout) as (processes, device):
+        return _distil(config, teacher, progress, deadline, stage2_by, processes, device)
+
+
+def _distil(
+    config: TrainConfig,
+    teacher: nn.Module | None,
+    progress: bool,
+    deadline: float,
+    stage2_by: float,
+    world: World,
+    device: torch.device,
+) -> Run:
     out = Path(config.out)
     saved = read_checkpoint(out / "resume.pt", config)
+    _require_divisible(config, world)
     dataset = None if config.reals == "teacher" else ImageDataset(config.reals)
     perceptual = make_perceptual(config.perceptual, config.perceptual_weights)
     if perceptual is not None:
@@ -130,89 +145,115 @@ def distil(
             raise ValueError(f"resume: {out / 'resume.pt'} is damaged, or another network's") from None
         del saved
 
-    targets = TargetStream(teacher, poses, config, device)
-    reals = RealStream(config, student.neural_rendering_resolution, dataset, device)
-    pictures.prepare_folder(out)
-    config.save(out / "config.json")
-    grid = Grid(out / "grids", config, teacher, poses, device) if config.grid_every else None
-    log = Log(out, config, step)
+    targets = TargetStream(teacher, poses, config, device, world)
+    reals = RealStream(config, student.neural_rendering_resolution, dataset, device, world)
+    grid = log = None
+    if world.is_first:
+        pictures.prepare_folder(out)
+        config.save(out / "config.json")
+        grid = Grid(out / "grids", config, teacher, poses, device) if config.grid_every else None
+        log = Log(out, config, step)
 
     def save():
+        if not world.is_first:
+            return
         state = {name: part.state_dict() for name, part in parts.items()}
         write_checkpoint(out / "resume.pt", {**state, "step": step, "images": images}, config)
         save_student(out / "student.safetensors", average, poses, teacher, config.teacher)
 
-    with StopSignals() as stop, log, _progress(progress) as bar:
+    quiet = contextlib.nullcontext()
+    with StopSignals() as stop, log or quiet, _progress(progress and world.is_first) as bar:
         task = bar.add_task("", total=config.steps, completed=step)
-        while step < config.steps and not stop.requested and time.monotonic() < deadline:
+        while step < config.steps:
             started = time.perf_counter()
-            if step < config.stage1_steps and time.monotonic() > stage2_by:
+            now = time.monotonic()
+            late = step < config.stage1_steps and now > stage2_by
+            stopping, shorten = world.agree([stop.requested or now >= deadline, late], device)
+            if stopping:
+                break
+            if shorten:
                 # Written down: from here on it is that run, and resumes as one.
                 config = targets.config = config.shortened(step)
-                config.save(out / "config.json")
+                if world.is_first:
+                    config.save(out / "config.json")
                 bar.update(task, total=config.steps)
             adversarial = config.adversarial_weight(step)
             for group in student_optimiser.param_groups:
                 group["lr"] = config.learning_rate(step) * group["scale"]
                 group["betas"] = config.betas_adversarial if adversarial else config.betas
-            target = targets.batch(step)
-            ws, c = target["ws"], target["c"]
-
-            # Student.
             phase = config.phase(step)
-            fake = student.render(ws, c, resolution=phase.resolution)
-            if phase.resolution is None and (adversarial or step % config.hr_interval == 0):
-                fake["image"] = student.super_resolve(fake["feature_image"], ws)
-            terms = reconstruction_terms(fake, target, perceptual, config.smooth_l1_beta)
-            if adversarial:
-                discriminator.requires_grad_(False)
-                terms["adv"] = generator_loss(discriminator(fake, c))
-            weights = {name: getattr(config, f"lambda_{name}") for name in terms}
-            if adversarial:
-                weights["adv"] *= adversarial
-            loss = sum(weights[name] * term for name, term in terms.items())
+            target = targets.batch(step)
+            real = reals.batch(step, target) if adversarial else None
             student_optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            terms |= {"loss": loss, "gradient": _gradient_norm(student)}
-            fake = {name: image.detach() for name, image in fake.items()}
-
-            # Discriminator.
             if adversarial:
-                discriminator.requires_grad_(True)
-                real, real_c = reals.batch(step, target)
-                loss = discriminator_loss(discriminator(real, real_c), discriminator(fake, c))
-                terms["discriminator"] = loss
-                if step % config.r1_interval == 0 and config.r1_gamma > 0:
-                    terms["r1"] = r1_penalty(discriminator, real, real_c)
-                    loss = loss + config.r1_gamma / 2 * config.r1_interval * terms["r1"]
                 discriminator_optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                terms["discriminator_gradient"] = _gradient_norm(discriminator)
+            sums: dict[str, Tensor] = {}
+            for part in range(config.accumulate):
+                rows = slice(part, None, config.accumulate)
+                wanted = {name: x[rows] for name, x in target.items()}
+                ws, c = wanted["ws"], wanted["c"]
 
-            # Nothing has changed yet: what is not finite never reaches a weight.
+                # Student.
+                fake = student.render(ws, c, resolution=phase.resolution)
+                if phase.resolution is None and (adversarial or step % config.hr_interval == 0):
+                    fake["image"] = student.super_resolve(fake["feature_image"], ws)
+                terms = reconstruction_terms(fake, wanted, perceptual, config.smooth_l1_beta)
+                if adversarial:
+                    discriminator.requires_grad_(False)
+                    terms["adv"] = generator_loss(discriminator(fake, c))
+                weights = {name: getattr(config, f"lambda_{name}") for name in terms}
+                if adversarial:
+                    weights["adv"] *= adversarial
+                loss = sum(weights[name] * term for name, term in terms.items())
+                (loss / config.accumulate).backward()
+                terms["loss"] = loss
+                fake = {name: image.detach() for name, image in fake.items()}
+                terms["raw_psnr_db"] = psnr(fake["image_raw"], wanted["image_raw"]).mean()
+                if "image" in fake:
+                    terms["psnr_db"] = psnr(fake["image"], wanted["image"]).mean()
+
+                # Discriminator.
+                if adversarial:
+                    discriminator.requires_grad_(True)
+                    images_real, c_real = {name: x[rows] for name, x in real[0].items()}, real[1][rows]
+                    loss = discriminator_loss(discriminator(images_real, c_real), discriminator(fake, c))
+                    terms["discriminator"] = loss
+                    if step % config.r1_interval == 0 and config.r1_gamma > 0:
+                        terms["r1"] = r1_penalty(discriminator, images_real, c_real)
+                        loss = loss + config.r1_gamma / 2 * config.r1_interval * terms["r1"]
+                    (loss / config.accumulate).backward()
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0) + term.detach() / config.accumulate
+
+            # One state on all processes: gradients and terms are means.
+            networks = [student, discriminator] if adversarial else [student]
+            for network in networks:
+                world.average([p.grad for p in network.parameters() if p.grad is not None])
+            world.average(list(sums.values()))
+            for name, network in zip(("gradient", "discriminator_gradient"), networks, strict=False):
+                sums[name] = _gradient_norm(network)
+            # No weight has changed yet, and what is not finite never reaches one.
             try:
-                values = _finite(terms, step)
+                values = _finite(sums, step)
             except FloatingPointError:
                 save()
                 raise
             student_optimiser.step()
             if adversarial:
                 discriminator_optimiser.step()
-            images += len(ws)
-            _update_average(average, student, config, images, len(ws))
+            images += phase.batch_size
+            _update_average(average, student, config, images, phase.batch_size)
 
             step += 1
             if step % config.log_every == 0 or step == config.steps:
-                values["raw_psnr_db"] = psnr(fake["image_raw"], target["image_raw"]).mean().item()
-                if "image" in fake:
-                    values["psnr_db"] = psnr(fake["image"], target["image"]).mean().item()
                 values |= {
                     "adversarial_weight": adversarial,
                     "learning_rate": config.learning_rate(step - 1),
                     "images": images,
                     "seconds_per_step": time.perf_counter() - started,
                 }
-                log.write(step, values)
+                if log is not None:
+                    log.write(step, values)
                 stage = "reconstruction + adversarial" if adversarial else "reconstruction"
                 bar.update(task, description=f"{stage}, {values['raw_psnr_db']:.1f} dB")
             if grid is not None and (step % config.grid_every == 0 or step == config.steps):
@@ -224,6 +265,18 @@ def distil(
         if saved_step != step or not (out / "student.safetensors").exists():
             save()
     return Run(average, config, teacher, poses, out, step, interrupted=step < config.steps)
+
+
+def _require_divisible(config: TrainConfig, world: World):
+    """Every process, and every part that it accumulates, has as much of a batch as all others."""
+    parts = world.size * config.accumulate
+    for batch in {config.batch_size, *(images for _, _, images in config.growth)}:
+        latents = batch // config.poses_per_latent
+        if batch % parts or latents % world.size:
+            raise ValueError(
+                f"batch_size: {batch} images ({latents} latents) must divide into {world.size} processes x "
+                f"{config.accumulate} parts (accumulate)"
+            )
 
 
 def find_poses(config: TrainConfig, teacher: nn.Module, dataset: ImageDataset | None = None) -> Poses:

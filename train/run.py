@@ -29,6 +29,8 @@ _FREE_ON_RESUME = (
     "grid_images",
     "checkpoint_every",
     "tensorboard",
+    "timeout",
+    "accumulate",
 )
 
 
@@ -154,7 +156,10 @@ def read_checkpoint(path: Path, config: TrainConfig) -> dict | None:
 def write_checkpoint(path: Path, state: dict, config: TrainConfig):
     """Write the state and the random generators' whole or not at all: a crash must not cost the last one."""
     part = path.with_suffix(".part")
-    torch.save({**state, "random": _random_state(), "config": dataclasses.asdict(config)}, part)
+    with part.open("wb") as file:
+        torch.save({**state, "random": _random_state(), "config": dataclasses.asdict(config)}, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 
