@@ -39,14 +39,21 @@ def fused_act(second: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def clean():
-    modules, path = set(sys.modules), list(sys.path)
+def clean(tmp_path):
+    path = list(sys.path)
     yield
     compat.uninstall()
     sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if name.split(".")[0] not in ("fastgen", "torch"):
-            del sys.modules[name]
+    inside = [
+        name
+        for name, module in sys.modules.items()
+        if any(
+            str(place).startswith(str(tmp_path))
+            for place in (vars(module).get("__file__"), *(vars(module).get("__path__") or ()))
+        )
+    ]
+    for name in inside:
+        del sys.modules[name]
     assert not [finder for finder in sys.meta_path if type(finder).__module__ == "fastgen.compat"]
 
 
