@@ -37,8 +37,8 @@ test-triton: $(STAMP)
 
 # The CUDA kernels, compiled for the CPU (csrc/cuda/host.h), watched for addresses and undefined behaviour, and
 # for races; the other ops are as they are.
-HOSTED := $(foreach op,upfirdn2d bias_act filtered_lrelu filtered_bias_act modulated_conv2d sample_triplane golden,\
-  tests/ops/test_$(op).py)
+HOSTED := $(foreach op,upfirdn2d bias_act filtered_lrelu filtered_bias_act conv2d_resample modulated_conv2d \
+  sample_triplane grid_sample render_triplane golden,tests/ops/test_$(op).py)
 test-cuda-host: $(STAMP)
 	$(call checked,build/cuda-host,host,1,asan ubsan,-n auto $(HOSTED) -k cuda-host)
 
@@ -63,12 +63,12 @@ test-wheel:
 	mkdir -p "build/the wheel"
 	cp -r tests pyproject.toml "build/the wheel"
 	cd "build/the wheel" && set -e; for python in $(PYTHONS); do for torch in "torch==2.11.*" torch; do \
-	  $$python -m venv --clear env; env/bin/python -m pip install -q "$$torch" $(CURDIR)/dist/*.whl pytest hypothesis scipy; \
+	  $$python -m venv --clear env; env/bin/python -m pip install -q "$$torch" $(CURDIR)/dist/*.whl pytest hypothesis scipy onnx onnxruntime; \
 	  env/bin/python -c "import torch, fastgen; print(torch.__version__, fastgen.__file__)"; \
 	  env/bin/python -m pytest $(TESTED); done; done
 
 test-matrix:
-	$(MAKE) test-wheel TESTED="tests/ops tests/models tests/test_compat.py -k 'not reference'"
+	$(MAKE) test-wheel TESTED="tests/ops tests/models tests/test_compat.py tests/test_export.py -k 'not reference'"
 
 bench: $(STAMP)
 	mkdir -p "$(OUT)"

@@ -27,10 +27,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Values and gradients of the ops of the CUDA library, where the test's name has no other backend.
-SANITIZED = (
-    "(test_forward or test_gradients) and float32 and not triton and "
-    "(upfirdn2d or bias_act or filtered_lrelu or sample_triplane)"
-)
+SANITIZED = [
+    *(f"tests/ops/test_{op}.py" for op in ("upfirdn2d", "bias_act", "filtered_lrelu", "filtered_bias_act")),
+    "tests/ops/test_sample_triplane.py",
+    *("-k", "(test_forward or test_gradients) and float32 and not triton"),
+]
 
 
 @dataclass
@@ -49,10 +50,8 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
     test = [*python, "-m", "pytest", *parallel, "-p", "no:cacheprovider"]
     tests = ["tests/ops/test_bias_act.py"] if dry_run else ["tests/ops", "tests/models", "-m"]
     cuda, both = ([], []) if dry_run else (["gpu"], ["gpu or triton"])
-    sanitizer = shutil.which("compute-sanitizer")
-    nvcc = shutil.which(
-        "nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ['PATH']}"
-    )
+    tools = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ['PATH']}"
+    sanitizer, nvcc = shutil.which("compute-sanitizer", path=tools), shutil.which("nvcc", path=tools)
     bench = [*python, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider"]
     few = "and (test_op and bias_act_swish or test_render and forward)" if dry_run else ""
     bench += ["--rehearse"] if dry_run else []
@@ -75,7 +74,7 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
                 tool,
                 40,
                 [str(sanitizer), "--tool", tool, "--error-exitcode", "1",
-                 *python, "-m", "pytest", "-m", "gpu", "tests/ops", "-k", SANITIZED],
+                 *python, "-m", "pytest", "-m", "gpu", *SANITIZED],
                 # Every tensor in memory of its own, so that what is beyond it is seen.
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                 "a dry run has no device" if dry_run else "" if sanitizer else "no compute-sanitizer here",

@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -49,7 +51,12 @@
   FASTGEN_RUN_ONE(BFloat16, function) \
   FASTGEN_RUN_ONE(Half, function)
 
-#define FASTGEN_CHECK STD_TORCH_CHECK
+// An exception that is a Python RuntimeError, of these words and no others.
+#define FASTGEN_CHECK(ok, ...)       \
+  do {                               \
+    if (!(ok)) [[unlikely]]          \
+      ::fastgen::raise(__VA_ARGS__); \
+  } while (0)
 
 namespace fastgen {
 
@@ -58,6 +65,13 @@ using torch::headeronly::Half;
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <class... Words>
+[[noreturn]] void raise(const Words&... words) {
+  std::ostringstream text;
+  (text << ... << words);
+  throw std::runtime_error(text.str());
+}
 
 // Sums are formed in this type.
 template <class T>

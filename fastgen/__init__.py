@@ -10,6 +10,7 @@ __all__ = [
     "__version__",
     "backend",
     "camera",
+    "compat",
     "empty_workspace",
     "graphed",
     "keep_memory",
@@ -29,6 +30,7 @@ keep_memory = _backends.keep_memory
 _FROM = {
     "ops": ".ops",
     "camera": ".camera",
+    "compat": ".compat",
     "backend": ".ops._dispatch",
     "empty_workspace": ".ops._define",
     "graphed": ".models.graphs",

@@ -342,8 +342,9 @@ def main(argv: list[str] | None = None) -> int:
 def _no_memory(error: RuntimeError) -> bool:
     import torch
 
-    # On the CPU it has no class of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    # On the CPU, and out of kernels in C++, it has no class of its own.
+    words = "not enough memory", "out of memory", "can't allocate memory"
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
 import sys
 
 import torch
@@ -55,16 +56,19 @@ def _load_library(backend: str):
     try:
         library = importlib.import_module(name)
     except ImportError as error:
+        if needed := re.search(r"libcudart\.so\.(\d+)", str(error)):
+            raise ImportError(_other_cuda(needed[1])) from error
         raise ImportError(
             f"{error} (this is torch {torch.__version__}, CUDA {torch.version.cuda})"
         ) from error
     built = re.search(r"\bCUDA (\d+)", library.build)  # 13000 is CUDA 13.0
     if built and int(built[1]) // 1000 != int(torch.version.cuda.split(".")[0]):
-        raise ImportError(
-            f"built for CUDA {int(built[1]) // 1000}, but torch {torch.__version__} is for CUDA"
-            f" {torch.version.cuda}"
-        )
+        raise ImportError(_other_cuda(int(built[1]) // 1000))
     return library
+
+
+def _other_cuda(major: int | str) -> str:
+    return f"built for CUDA {major}, but torch {torch.__version__} is for CUDA {torch.version.cuda}"
 
 
 _HOW_TO_BUILD = {
@@ -162,6 +166,10 @@ def _triton_status() -> tuple[bool, str]:
     devices = [] if is_interpreted() else _capabilities()
     if isinstance(devices, str):
         return False, devices
+    # It compiles a little C of its own at its first launch.
+    compilers = os.environ.get("CC"), "clang", "gcc", "cc"
+    if devices and not any(shutil.which(name) for name in compilers if name):
+        return False, "triton needs a C compiler, in CC or on PATH"
     if any(device < OLDEST_CARD for device in devices):
         return False, f"needs compute capability {_listed([OLDEST_CARD])}; visible: {_listed(devices)}"
     how = ", interpreted" if is_interpreted() else ""

@@ -149,7 +149,7 @@ class _Graph:
 
     def constant(self, value: Tensor | float | list[int], half: bool = False) -> str:
         """Ints are int64. What occurs twice is kept once."""
-        value = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        value = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value)
         of_floats = np.float16 if half and self.fp16 else np.float32
         value = value.astype(np.int64 if value.dtype.kind == "i" else of_floats)
         key = (value.tobytes(), value.dtype, value.shape)

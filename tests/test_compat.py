@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -37,14 +39,21 @@ def fused_act(second: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def clean():
-    modules, path = set(sys.modules), list(sys.path)
+def clean(tmp_path):
+    path = list(sys.path)
     yield
     compat.uninstall()
     sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if name.split(".")[0] not in ("fastgen", "torch"):
-            del sys.modules[name]
+    inside = [
+        name
+        for name, module in sys.modules.items()
+        if any(
+            str(place).startswith(str(tmp_path))
+            for place in (vars(module).get("__file__"), *(vars(module).get("__path__") or ()))
+        )
+    ]
+    for name in inside:
+        del sys.modules[name]
     assert not [finder for finder in sys.meta_path if type(finder).__module__ == "fastgen.compat"]
 
 
@@ -168,7 +177,7 @@ def test_rosinality(repository, package, own):
             "from .fused_act import FusedLeakyReLU, fused_leaky_relu\nfrom .upfirdn2d import upfirdn2d\n"
         )
     repository(files | {"README": ""})
-    compat.install("rosinality")
+    compat.install("rosinality", prefix=None if own or package == "op" else package)
     op = import_module(package)
     inner = {n: import_module(f"{package}.{n}") for n in ("fused_act", "upfirdn2d", "conv2d_gradfix")}
     assert op.FusedLeakyReLU is inner["fused_act"].FusedLeakyReLU
@@ -542,6 +551,7 @@ def test_patch_lists_and_runs(repository, tmp_path):
     assert listed.returncode == 0 and 'fastgen.compat.install("rosinality")' in listed.stdout, listed.stderr
     assert "op/fused_act.py, op/upfirdn2d.py" in listed.stdout
     done = command(root, "--run", "train.py", "--outdir=x", "--run", cwd=tmp_path)
+    assert not done.stderr
     assert (done.returncode, done.stdout) == (7, "['--outdir=x', '--run'] 5.657\n"), done.stderr
     for arguments, message in (
         ((tmp_path / "none",), f"fastgen patch: {tmp_path / 'none'}: no such folder"),
@@ -553,3 +563,206 @@ def test_patch_lists_and_runs(repository, tmp_path):
     assert (
         command(tmp_path / "empty").stdout == f"{tmp_path / 'empty'}: none of the ops that fastgen replaces\n"
     )
+
+
+def test_scan_of_odd_repositories(repository):
+    act, other = fused_act("bias=True, negative_slope=0.2"), OTHER_UPFIRDN2D
+    root = repository(
+        {
+            "third-party/my_gan/custom_ops/fused_act.py": act,  # a name cannot have a hyphen
+            "src/models/__init__.py": "",
+            "src/models/net.py": "from .gan_ops import FusedLeakyReLU\n",
+            "src/models/gan_ops/upfirdn2d.py": other,
+            "src/models/gan_ops/fused_act.py": "print 'broken'\n",
+            "loose/gan_ops/upfirdn2d.py": other,
+            "face_model/op/fused_act.py": act,  # where the usual dialect is another
+        }
+    )
+    lines = {f.package: f.line for f in scan.scan(root)}
+    assert lines == {
+        "my_gan.custom_ops": 'fastgen.compat.install("rosinality", prefix="my_gan.custom_ops")',
+        "models.gan_ops": 'fastgen.compat.install("rosinality", prefix="models.gan_ops")',
+        "loose.gan_ops": 'fastgen.compat.install("rosinality", prefix="loose.gan_ops")',
+        "face_model.op": 'fastgen.compat.install("rosinality", prefix="face_model.op")',
+    }
+    assert [f.package for f in scan.scan(root / "loose" / "gan_ops")] == ["gan_ops"]
+
+
+def test_run_finds_ops_from_the_scripts_folder(repository):
+    root = repository(
+        {
+            "src/lib/gan_ops/upfirdn2d.py": BROKEN + OTHER_UPFIRDN2D,
+            "src/lib/net.py": "from .gan_ops.upfirdn2d import upfirdn2d\n",
+            "src/run.py": "from lib.net import upfirdn2d\nprint(upfirdn2d.__module__)\n",
+        }
+    )
+    done = command(root, "--run", "src/run.py")
+    assert (done.stdout, done.stderr) == ("fastgen.compat.rosinality\n", "")
+
+
+def test_what_is_not_an_op_stays(repository):
+    repository(
+        {
+            "utils/__init__.py": "",
+            "utils/op.py": "def relu():\n    return 6\n",
+            "training.py": "here = 7\n",
+            "models/__init__.py": "",
+            "space/op/upfirdn2d.py": BROKEN,
+        }
+    )
+    compat.install("rosinality")
+    compat.install("eg3d")
+    from training import here
+    from utils.op import relu
+
+    assert (relu(), here) == (6, 7)
+    for name in ("json.op", "models.op", "models.torch_utils.ops"):
+        with pytest.raises(ImportError):
+            import_module(name)
+    # A folder without an __init__.py exports modules.
+    from space.op import upfirdn2d
+
+    assert upfirdn2d.upfirdn2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1)).shape == (1, 1, 2, 2)
+
+
+def test_names_that_are_not_listed_come_from_the_repositorys_file(repository):
+    ran = "import builtins\nbuiltins.ran_own = getattr(builtins, 'ran_own', 0) + 1\n"
+    own = ran + "def upfirdn2d(x):\n    return 'own'\ndef upfirdn2d_native(x):\n    return 'native'\n"
+    files = {"op/__init__.py": "from .upfirdn2d import upfirdn2d, upfirdn2d_native\n", "op/upfirdn2d.py": own}
+    repository(files | {"op/fused_act/__init__.py": BROKEN})
+    compat.install("rosinality")
+    import builtins
+
+    import op
+    import op.fused_act
+
+    try:
+        assert (
+            op.upfirdn2d_native(None) == "native" and op.upfirdn2d.__module__ == "fastgen.compat.rosinality"
+        )
+        assert op.fused_act.FusedLeakyReLU and builtins.ran_own == 1
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            _ = sys.modules["op.upfirdn2d"].nothing
+        assert builtins.ran_own == 1
+    finally:
+        del builtins.ran_own
+
+
+@pytest.mark.parametrize("first", ["rosinality", "basicsr"])
+def test_the_dialect_that_fits_best_serves(first):
+    for dialect in (first, *{"rosinality", "basicsr"} - {first}):
+        compat.install(dialect)
+    from face_model.op import FusedLeakyReLU
+
+    assert FusedLeakyReLU(3, 0.1).negative_slope == 0.1
+
+
+def test_eg3d_installed_after_the_import_keeps_the_planes(repository):
+    repository(
+        {
+            "training/volumetric_rendering/renderer.py": (
+                "import torch\ndef generate_planes():\n    return torch.ones(3, 3, 3)\n"
+                "class ImportanceRenderer:\n    pass\n"
+            )
+        }
+    )
+    from training.volumetric_rendering import renderer
+
+    compat.install("eg3d")
+    assert renderer.generate_planes().sum() == 27
+    assert renderer.ImportanceRenderer().plane_axes.sum() == 27
+
+
+class Training(Decoder):
+    def forward(self, features, directions):
+        return super().forward(features * (2 if self.training else 1), directions)
+
+
+class Annealed(Decoder):
+    alpha = 0.0
+
+    def forward(self, features, directions):
+        return super().forward(features * (1 + self.alpha), directions)
+
+
+class Sum(Decoder):
+    def forward(self, features, directions):
+        return super().forward(features.sum(1, keepdim=True), directions)
+
+
+def test_a_decoder_is_looked_at_again():
+    planes, weights = (
+        torch.randn(1, 3, 4, 8, 8),
+        (torch.randn(8, 4), torch.randn(8), torch.randn(4, 8), torch.randn(4)),
+    )
+
+    def is_plain(decoder):
+        return eg3d.decoder_layers(decoder, planes) is not None
+
+    decoder = Training(*weights).eval()
+    assert is_plain(decoder) and not is_plain(decoder.train())
+    decoder = Annealed(*weights)
+    assert is_plain(decoder)
+    decoder.alpha = 0.5
+    assert not is_plain(decoder)
+    assert not is_plain(Sum(torch.zeros(8, 4), torch.zeros(8), torch.zeros(4, 8), torch.zeros(4)))
+    decoder = Decoder(*weights)
+    assert is_plain(decoder)
+    decoder.net[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    assert not is_plain(decoder)
+
+
+def test_arguments_of_others():
+    compat.install("nvidia")
+    compat.install("rosinality")
+    compat.install("mmcv")
+    from mmcv.ops import filtered_lrelu
+    from op import fused_leaky_relu
+    from op import upfirdn2d as resample
+    from torch_utils.ops import bias_act, conv2d_gradfix, grid_sample_gradfix, upfirdn2d
+
+    x, kernel = torch.randn(1, 3, 8, 8), torch.rand(3, 3)
+    assert upfirdn2d.upfirdn2d(x, None, 1, 1, 0, False, 1, "ref").equal(x)
+    assert bias_act.bias_act(x, None, 1, "linear", None, None, None, "cuda").equal(x)
+    assert bias_act.activation_funcs["lrelu"]["def_gain"] == pytest.approx(2**0.5)
+    assert grid_sample_gradfix.grid_sample(input=x, grid=torch.zeros(1, 2, 2, 2)).shape == (1, 3, 2, 2)
+    assert pickle.loads(pickle.dumps(bias_act.bias_act)) is bias_act.bias_act
+    want = resample(x, kernel, 2, 1, (2, 1))
+    for up, pad in (
+        (np.int64(2), np.array([2, 1])),
+        (torch.tensor(2), [np.int64(2), 1]),
+        ([2, 2], (2, 1, 2, 1)),
+    ):
+        assert resample(x, kernel, up, 1, pad).equal(want)
+    for call, message in (
+        (lambda: resample(x, kernel, 2.0), "upfirdn2d: up must be an int or two, got 2.0"),
+        (lambda: resample(x, kernel, pad=1), "upfirdn2d: pad must be two or four, got 1"),
+        (lambda: resample(x, kernel, pad=None), "upfirdn2d: pad must be two or four, got None"),
+        (lambda: resample(x, [[1.0]]), "upfirdn2d: kernel must be a tensor, got list"),
+        (lambda: resample(x, None), "upfirdn2d: kernel must be a tensor, got NoneType"),
+        (lambda: resample(x[0], kernel), "upfirdn2d: input must have 4 dimensions"),
+        (lambda: fused_leaky_relu(x, torch.ones(2)), "fused_leaky_relu: bias must have"),
+        (lambda: filtered_lrelu(x, filter_up="no"), "filtered_lrelu: filter_up must be"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+            call()
+    w = torch.randn(4, 3, 3, 3)
+    grad = torch.func.grad(lambda w: conv2d_gradfix.conv2d(x, w).sum())(w)
+    change = torch.func.jvp(
+        lambda w: conv2d_gradfix.conv2d(x, w).sum(), (w.requires_grad_(),), (w.detach(),)
+    )[1]
+    torch.testing.assert_close(change, (grad * w).sum())
+
+
+def test_mmcv_whose_extension_does_not_load(repository):
+    repository(
+        {
+            "mmcv/__init__.py": "",
+            "mmcv/_ext.py": "raise ImportError('undefined symbol')\n",
+            "mmcv/ops/__init__.py": BROKEN,
+        }
+    )
+    fastgen.compat.install("mmcv")
+    from mmcv.ops import bias_act
+
+    assert bias_act(torch.ones(1, 2)).shape == (1, 2)

@@ -131,6 +131,31 @@ def test_what_serves_cuda_tensors(cuda, capability, bias_act, sample_triplane, s
     assert plan["grid_sample"] == ("reference", "no kernel for this op")
 
 
+def test_library_that_needs_another_cuda_is_named(monkeypatch):
+    # Where that CUDA's runtime is not there at all, the loader complains first.
+    def load(name):
+        raise ImportError("libcudart.so.12: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(_backends.importlib, "import_module", load)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ImportError, match=r"built for CUDA 12, but torch .* is for CUDA 13.0"):
+        _backends._load_library("cuda")
+
+
+def test_triton_without_a_compiler_is_not_usable(monkeypatch):
+    monkeypatch.setattr(_backends, "_capabilities", lambda: [(9, 0)])
+    monkeypatch.setattr(_backends, "is_interpreted", lambda: False)
+    monkeypatch.setattr(_backends.shutil, "which", lambda name: None)
+    assert _backends._triton_status() == (False, "triton needs a C compiler, in CC or on PATH")
+
+
+@pytest.mark.parametrize("taps, up, down, triton", [(1, 1, 1, False), (12, 2, 2, False), (12, 2, 1, True)])
+def test_what_serves_filtered_lrelu(taps, up, down, triton):
+    f = torch.ones(taps) if taps > 1 else None
+    assert _dispatch._suits_triton(torch.ones(1, 1, 4, 4), f, f, None, up, down) == triton
+
+
 def test_first_call_says_why_and_is_served(monkeypatch):
     monkeypatch.setattr(_dispatch, "_settled", {"bias_act": ("reference", "not built: install with nvcc")})
     call = _dispatch._first_cuda_call("bias_act")

@@ -138,9 +138,9 @@ Tensor bias_act_bwd2_cuda(const Tensor& ddx, const Tensor& dy, const Tensor& x,
 }  // namespace
 
 FASTGEN_KERNELS(m) {
-  m.impl("bias_act", TORCH_BOX(&bias_act_cuda));
-  m.impl("bias_act_bwd", TORCH_BOX(&bias_act_bwd_cuda));
-  m.impl("bias_act_bwd2", TORCH_BOX(&bias_act_bwd2_cuda));
+  FASTGEN_OP(m, "bias_act", bias_act_cuda)
+  FASTGEN_OP(m, "bias_act_bwd", bias_act_bwd_cuda)
+  FASTGEN_OP(m, "bias_act_bwd2", bias_act_bwd2_cuda)
 }
 
 }  // namespace fastgen

@@ -170,6 +170,7 @@ Gradients apply(const Launch& on, const Tensor* dy, const Parameters& p, bool co
       on.empty(x, std::vector<int64_t>{p.noise ? N : 0, call.job.full ? C : 1, job.out_h, job.out_w}, wide<T>,
                MemoryFormat::ChannelsLast);
   call.job.d_noise = p.noise ? mutable_data<T>(d_noise) : nullptr;
+  if (!C) torch::stable::zero_(d_noise);
   call.run(true, aligned);
   const int64_t blocks[] = {1}, images[] = {0, 1};
   return {out, torch::stable::sum(call.sums[0], blocks), d_noise, torch::stable::sum(call.sums[1], images)};
@@ -207,8 +208,8 @@ Gradients filtered_bias_act_bwd_cuda(const Tensor& dy, const std::vector<Tensor>
 }  // namespace
 
 FASTGEN_KERNELS(m) {
-  m.impl("filtered_bias_act", TORCH_BOX(&filtered_bias_act_cuda));
-  m.impl("filtered_bias_act_bwd", TORCH_BOX(&filtered_bias_act_bwd_cuda));
+  FASTGEN_OP(m, "filtered_bias_act", filtered_bias_act_cuda)
+  FASTGEN_OP(m, "filtered_bias_act_bwd", filtered_bias_act_bwd_cuda)
 }
 
 }  // namespace fastgen

@@ -111,8 +111,8 @@ Tensor filtered_lrelu_bwd_cuda(const Tensor& dy, const Tensor& x, const std::opt
 }  // namespace
 
 FASTGEN_KERNELS(m) {
-  m.impl("filtered_lrelu", TORCH_BOX(&filtered_lrelu_cuda));
-  m.impl("filtered_lrelu_bwd", TORCH_BOX(&filtered_lrelu_bwd_cuda));
+  FASTGEN_OP(m, "filtered_lrelu", filtered_lrelu_cuda)
+  FASTGEN_OP(m, "filtered_lrelu_bwd", filtered_lrelu_bwd_cuda)
 }
 
 }  // namespace fastgen

@@ -78,6 +78,8 @@ struct Block {
 
 inline Block* block = nullptr;
 inline std::mutex launching;
+// A process that is forked while another thread launches would wait for that thread, which it does not have.
+inline const int forked = pthread_atfork(nullptr, nullptr, [] { new (&launching) std::mutex; });
 
 enum { syncing, ending, starting };
 

@@ -12,8 +12,15 @@
 
 #include <exception>
 
-// FASTGEN_KERNELS(m) { m.impl(name, TORCH_BOX(&function)); ... } lists the kernels of a file. Loading the
-// library does not register them: Python does, once it knows that they run on the devices that there are.
+// FASTGEN_KERNELS(m) { FASTGEN_OP(m, "bias_act", bias_act_cuda); ... } lists the kernels of a file. Loading
+// the library does not register them: Python does, once it knows that they run on the devices that there are.
+#define FASTGEN_OP(m, name, function)                      \
+  {                                                        \
+    struct Name {                                          \
+      static const char* text() { return name; }           \
+    };                                                     \
+    m.impl(name, TORCH_BOX((&Op<Name, &function>::call))); \
+  }
 #define FASTGEN_KERNELS(m)                                             \
   static void add_kernels(torch::stable::detail::StableLibrary& m);    \
   static const bool listed = (kernels().push_back(add_kernels), true); \
@@ -33,8 +40,7 @@ constexpr int64_t busy = 512;
 extern const char* const build;
 std::vector<void (*)(torch::stable::detail::StableLibrary&)>& kernels();
 
-// An op on x's device, which is current while this lives, and on the stream that PyTorch uses there. Its
-// errors begin with the op's name.
+// An op on x's device, which is current while this lives, and on the stream that PyTorch uses there.
 class Launch {
  public:
 #ifdef FASTGEN_CUDA_HOST
@@ -50,28 +56,14 @@ class Launch {
 
   const char* op() const { return op_; }
 
-  // PyTorch's errors do not say what the memory was for.
-  template <class Body>
-  auto named(const Body& body) const {
-    try {
-      return body();
-    } catch (const std::exception& error) {
-      FASTGEN_CHECK(false, op_, ": cannot make a tensor: ", error.what());
-      throw;
-    }
-  }
-
   Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type,
                MemoryFormat format = MemoryFormat::Contiguous) const {
-    return named(
-        [&] { return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt, format); });
+    return torch::stable::empty(shape, type, std::nullopt, like.device(), std::nullopt, format);
   }
   Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) const {
-    return named([&] { return torch::stable::new_zeros(like, shape, type); });
+    return torch::stable::new_zeros(like, shape, type);
   }
-  Tensor empty_like(const Tensor& x) const {
-    return named([&] { return torch::stable::empty_like(x); });
-  }
+  Tensor empty_like(const Tensor& x) const { return torch::stable::empty_like(x); }
 
   // Runs a kernel in so many blocks of `count` threads with `shared` bytes of memory a block.
   template <class... P, class... A>
@@ -81,7 +73,7 @@ class Launch {
 #ifdef FASTGEN_CUDA_HOST
     host::run(blocks, count, shared, [&] { kernel(arguments...); });
 #else
-    if (shared > 48 << 10) {
+    if (shared > 47 << 10) {  // of 48 KiB a card may keep one
       check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
     }
@@ -95,6 +87,7 @@ class Launch {
 #ifndef FASTGEN_CUDA_HOST
   void check(cudaError_t error) const {
     if (error == cudaSuccess) return;
+    cudaGetLastError();  // or the next launch, whose ever, would find it
     int device = 0, major = 0, minor = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -106,6 +99,40 @@ class Launch {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 #endif
+};
+
+// What the dispatcher calls: the kernel's function, of tensors that are all where the first one is. Errors
+// name the op; PyTorch's do not say what the memory was for.
+template <class Name, auto function, class F = decltype(function)>
+struct Op;
+template <class Name, auto function, class Result, class... A>
+struct Op<Name, function, Result (*)(A...)> {
+  static Result call(A... arguments) {
+    try {
+      const Tensor* first = nullptr;
+      (check(arguments, first), ...);
+      return function(arguments...);
+    } catch (const std::exception& error) {
+      const std::string said = error.what();
+      if (said.find(Name::text()) != std::string::npos) throw;
+      raise(Name::text(), ": ", said);
+    }
+  }
+
+ private:
+  template <class T>
+  static void check(const T& argument, const Tensor*& first) {
+    if constexpr (std::is_same_v<T, Tensor>) {
+      if (!first) first = &argument;
+      FASTGEN_CHECK(
+          argument.is_cpu() == first->is_cpu() && argument.get_device_index() == first->get_device_index(),
+          Name::text(), ": all tensors must be on one device");
+    } else if constexpr (std::is_same_v<T, std::optional<Tensor>>) {
+      if (argument) check(*argument, first);
+    } else if constexpr (std::is_same_v<T, std::vector<Tensor>>) {
+      for (const Tensor& x : argument) check(x, first);
+    }
+  }
 };
 
 // Does PyTorch want deterministic algorithms? The stable ABI has no such question; ops/_define.py has an op.

@@ -211,7 +211,7 @@ struct Call {
     const Tensor keys = on.empty(dy, std::vector<int64_t>{count}, ScalarType::Long);
     on.run(sample_triplane_keys_kernel<T>, ceil_div(count, threads), threads, 0, mutable_data<int64_t>(keys),
            job);
-    const auto [sorted, order] = sort(on, keys);
+    const auto [sorted, order] = sort(keys);
     const int lanes = static_cast<int>(std::min<int64_t>(threads, job.C));
     on.run(sample_triplane_bwd_ordered_kernel<S>, ceil_div(job.N * 3 * job.H * job.W, threads / lanes),
            threads, 0, data<S>(dy), data<int64_t>(sorted), data<int64_t>(order), table<S>(out), job, lanes);
@@ -274,9 +274,9 @@ std::tuple<Tensor, Tensor, Tensor> sample_triplane_bwd2_cuda(
 }  // namespace
 
 FASTGEN_KERNELS(m) {
-  m.impl("sample_triplane", TORCH_BOX(&sample_triplane_cuda));
-  m.impl("sample_triplane_bwd", TORCH_BOX(&sample_triplane_bwd_cuda));
-  m.impl("sample_triplane_bwd2", TORCH_BOX(&sample_triplane_bwd2_cuda));
+  FASTGEN_OP(m, "sample_triplane", sample_triplane_cuda)
+  FASTGEN_OP(m, "sample_triplane_bwd", sample_triplane_bwd_cuda)
+  FASTGEN_OP(m, "sample_triplane_bwd2", sample_triplane_bwd2_cuda)
 }
 
 }  // namespace fastgen

@@ -144,14 +144,12 @@ __global__ void __launch_bounds__(threads, 2)
 }
 
 // In ascending order, equals as they were; and where they were.
-std::pair<Tensor, Tensor> sort(const Launch& on, const Tensor& keys) {
-  return on.named([&] {
-    using torch::stable::detail::from;
-    StableIValue stack[4] = {from(keys), from(std::optional<bool>(true)), from(int64_t(0)), from(false)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
-    const Tensor sorted = torch::stable::detail::to<Tensor>(stack[0]);
-    return std::make_pair(sorted, torch::stable::detail::to<Tensor>(stack[1]));
-  });
+std::pair<Tensor, Tensor> sort(const Tensor& keys) {
+  using torch::stable::detail::from;
+  StableIValue stack[4] = {from(keys), from(std::optional<bool>(true)), from(int64_t(0)), from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
+  const Tensor sorted = torch::stable::detail::to<Tensor>(stack[0]);
+  return {sorted, torch::stable::detail::to<Tensor>(stack[1])};
 }
 
 }  // namespace

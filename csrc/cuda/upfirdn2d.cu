@@ -173,17 +173,19 @@ struct Call {
   bool run_small(bool aligned) {
     const Axis &x = job.x, &y = job.y;
     const int most = std::max(f.rows, f.columns);
-    if (std::is_same_v<S, double> || x.up != y.up || x.down != y.down || most > 8) return false;
+    if (x.up != y.up || x.down != y.down || most > 8) return false;
     const auto is = [&](int up, int down) { return x.up == up && x.down == down; };
-    if (most <= 4) {
-      if (is(1, 1)) return run_tiles_of_any_width<1, 1, 4, 4>(aligned), true;
-      if (is(2, 1)) return run_tiles_of_any_width<2, 1, 4, 4>(aligned), true;
-      if (is(1, 2)) return run_tiles_of_any_width<1, 2, 4, 2>(aligned), true;
+    if constexpr (!std::is_same_v<S, double>) {  // which registers are too few for
+      if (most <= 4) {
+        if (is(1, 1)) return run_tiles_of_any_width<1, 1, 4, 4>(aligned), true;
+        if (is(2, 1)) return run_tiles_of_any_width<2, 1, 4, 4>(aligned), true;
+        if (is(1, 2)) return run_tiles_of_any_width<1, 2, 4, 2>(aligned), true;
+      }
+      if (is(3, 1)) return run_tiles_of_any_width<3, 1, 8, 3>(aligned), true;
+      if (is(4, 1)) return run_tiles_of_any_width<4, 1, 8, 4>(aligned), true;
+      if (is(1, 3)) return run_tiles_of_any_width<1, 3, 8, 1>(aligned), true;
+      if (is(1, 4)) return run_tiles_of_any_width<1, 4, 8, 1>(aligned), true;
     }
-    if (is(3, 1)) return run_tiles_of_any_width<3, 1, 8, 3>(aligned), true;
-    if (is(4, 1)) return run_tiles_of_any_width<4, 1, 8, 4>(aligned), true;
-    if (is(1, 3)) return run_tiles_of_any_width<1, 3, 8, 1>(aligned), true;
-    if (is(1, 4)) return run_tiles_of_any_width<1, 4, 8, 1>(aligned), true;
     return false;
   }
 
@@ -231,7 +233,9 @@ Tensor upfirdn2d_cuda(const Tensor& x, const std::optional<Tensor>& f, const std
       FASTGEN_CHECK(std::abs(value) < (1 << 30), op, ": up, down, padding or f is too large: ", value);
     }
     FASTGEN_CHECK(up[i] > 0 && down[i] > 0, op, ": up and down must be at least 1");
-    const int64_t out = (size * up[i] + padding[2 * i] + padding[2 * i + 1] - taps) / down[i] + 1;
+    const int64_t last = size * up[i] + padding[2 * i] + padding[2 * i + 1] - taps;
+    FASTGEN_CHECK(last >= 0, op, ": x, upsampled and padded, must be at least as large as f");
+    const int64_t out = last / down[i] + 1;
     return Axis{static_cast<int>(up[i]),
                 static_cast<int>(down[i]),
                 static_cast<int>(taps),
@@ -258,7 +262,7 @@ Tensor upfirdn2d_cuda(const Tensor& x, const std::optional<Tensor>& f, const std
 }  // namespace
 
 FASTGEN_KERNELS(m) {
-  m.impl("upfirdn2d", TORCH_BOX(&upfirdn2d_cuda));
+  FASTGEN_OP(m, "upfirdn2d", upfirdn2d_cuda)
 }
 
 }  // namespace fastgen

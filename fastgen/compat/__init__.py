@@ -17,8 +17,12 @@ import, and `uninstall` takes everything back.
                                                    conv2d_gradfix
     eg3d         training.volumetric_rendering     renderer, ray_marcher
 
+Names of such a module that are not in the list come from the repository's own file, if it has one; that runs
+when the first of them is asked for, and not before.
+
 A dialect's file says what is in each module (MODULES), what its package exports (EXPORTS), and the packages'
-usual names (PREFIXES). With adapt(module, names) the repository's own module runs first.
+usual names (PREFIXES); NESTED: each op is a package that has the module. With adapt(module, names) the
+repository's own module runs first.
 """
 
 import importlib
@@ -28,6 +32,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import NamedTuple
 
 DIALECTS = ("nvidia", "rosinality", "basicsr", "mmcv", "eg3d")
 _MISSING = object()
@@ -49,12 +54,12 @@ def install(dialect: str, prefix: str | None = None) -> None:
     if (dialect, prefix) in installed():
         return
     shim = _Shim(dialect, prefix)
-    # A name that was given goes before an ending.
-    _finder.shims.insert(0 if prefix else len(_finder.shims), shim)
+    _finder.shims.append(shim)
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     for name, module in list(sys.modules.items()):
-        shim.patch(name, module)
+        if isinstance(module, ModuleType) and (place := shim.place(name)) is not None:
+            shim.patch(module, place)
 
 
 def uninstall(dialect: str | None = None) -> None:
@@ -66,7 +71,7 @@ def uninstall(dialect: str | None = None) -> None:
         _check_dialect("uninstall", dialect)
     gone = [shim for shim in _finder.shims if dialect in (None, shim.dialect)]
     _finder.shims = [shim for shim in _finder.shims if shim not in gone]
-    for shim in gone:
+    for shim in reversed(gone):
         shim.remove()
     if not _finder.shims and _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
@@ -82,6 +87,13 @@ def _check_dialect(function: str, dialect: str) -> None:
         raise ValueError(f"{function}: dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
 
 
+class _Place(NamedTuple):
+    package: str  # that holds the modules
+    module: str | None  # of the dialect's; None: the package itself
+    inside: bool  # basicsr.ops.upfirdn2d.upfirdn2d
+    rank: int  # of several dialects that have a place for a name the highest serves it
+
+
 class _Shim:
     """One install: which names it serves, and what it changed."""
 
@@ -91,40 +103,50 @@ class _Shim:
         self.made: list[str] = []  # modules
         self.before: list[tuple[ModuleType, str, object]] = []  # what modules of others had
 
-    def place(self, name: str) -> str | None:
-        """Of a full name: the dialect's module, "" for the package that holds them, else None."""
+    def place(self, name: str) -> _Place | None:
         parts = name.split(".")
-        if self._is_package(parts):
-            return ""
-        inside = parts[-2:-1] == parts[-1:]  # basicsr.ops.upfirdn2d.upfirdn2d
         known = parts[-1] in self.served.MODULES
-        return parts[-1] if known and any(map(self._is_package, (parts[:-1], parts[: -1 - inside]))) else None
+        ends = [(parts, None, False)] + [(parts[:-1], parts[-1], False)] * known
+        if known and getattr(self.served, "NESTED", False) and parts[-2:-1] == parts[-1:]:
+            ends.append((parts[:-2], parts[-1], True))
+        for package, module, inside in ends:
+            if rank := self._rank(".".join(package)):
+                return _Place(".".join(package), module, inside, rank)
+        return None
 
-    def _is_package(self, parts: list[str]) -> bool:
+    def _rank(self, package: str) -> int:
+        """0 of a package without the modules; given names go before endings, longer ones before shorter."""
         if self.prefix is not None:
-            return ".".join(parts) == self.prefix
-        return any(parts[-len(p.split(".")) :] == p.split(".") for p in self.served.PREFIXES)
+            return 1000 * (package == self.prefix)
+        return max(len(p.split(".")) * f".{package}".endswith(f".{p}") for p in self.served.PREFIXES)
 
-    def is_above(self, name: str) -> bool:
-        """Does a package that holds the modules lie in this one?"""
-        return any(p.startswith(f"{name}.") for p in ([self.prefix] if self.prefix else self.served.PREFIXES))
+    def is_made(self, name: str) -> bool:
+        """Is it a package to be there even if the repository has none: a usual one, or one above it?"""
+        return any(
+            f"{p}.".startswith(f"{name}.") for p in ([self.prefix] if self.prefix else self.served.PREFIXES)
+        )
+
+    def names(self, place: _Place) -> dict[str, object]:
+        if place.module is not None:
+            return self.served.MODULES[place.module]
+        return getattr(self.served, "exports", lambda package: self.served.EXPORTS)(place.package)
 
     def is_sound(self, name: str) -> bool:
         """Can others' package of this name be imported?"""
         return getattr(self.served, "is_sound", lambda name: True)(name)
 
-    def names(self, place: str) -> dict[str, object]:
-        return self.served.MODULES[place] if place else self.served.EXPORTS
-
-    def patch(self, name: str, module: ModuleType) -> None:
+    def patch(self, module: ModuleType, place: _Place) -> None:
         """Change a module of others that is there already."""
-        place = self.place(name)
-        if place is None or not isinstance(module, ModuleType):
-            return
-        for key, value in self.names(place).items():
-            old = vars(module).get(key, _MISSING)
-            # A package may have a module where its like exports the module's function.
-            if old is not value and not isinstance(old, ModuleType) and (place or old is not _MISSING):
+        names = self.names(place)
+        if place.module is None:
+            # What its package took from it; it may have a module where its like exports a function.
+            names = {
+                k: v for k, v in names.items() if not isinstance(vars(module).get(k, module), ModuleType)
+            }
+        elif hasattr(self.served, "adapt"):
+            names = self.served.adapt(module, names)
+        for key, value in names.items():
+            if (old := vars(module).get(key, _MISSING)) is not value:
                 self.before.append((module, key, old))
                 setattr(module, key, value)
 
@@ -134,11 +156,13 @@ class _Shim:
                 delattr(module, key)
             else:
                 setattr(module, key, old)
-        served = [value for place in ("", *self.served.MODULES) for value in self.names(place).values()]
-        ours = {id(value) for value in served if callable(value)}
+        served = [self.served.EXPORTS, *self.served.MODULES.values()]
+        ours = {id(value) for names in served for value in names.values() if callable(value)}
         for name, module in list(sys.modules.items()):
+            place = self.place(name)
             # Packages of others that took our functions are to be imported anew.
-            if name in self.made or (self.place(name) == "" and ours & set(map(id, vars(module).values()))):
+            took = place is not None and place.module is None and ours & set(map(id, vars(module).values()))
+            if name in self.made or took:
                 del sys.modules[name]
                 package, _, last = name.rpartition(".")
                 if package in sys.modules and vars(sys.modules[package]).get(last) is module:
@@ -152,44 +176,79 @@ class _Finder(MetaPathFinder):
         self.shims: list[_Shim] = []
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target=None) -> ModuleSpec | None:
+        places = [(shim, place) for shim in self.shims if (place := shim.place(name)) is not None]
+        if places:
+            shim, place = max(places, key=lambda found: found[1].rank)
+            if place.module is not None:
+                return self._find_op(name, path, shim, place)
         for shim in self.shims:
-            place = shim.place(name)
-            if place is None and not shim.is_above(name):
-                continue
-            own = self._find_elsewhere(name, path)
-            if own is not None and place and hasattr(shim.served, "adapt"):
-                spec = ModuleSpec(name, _Loader(shim, place, own), origin=own.origin)
-                spec.has_location = True
-                return spec
-            inside = own.submodule_search_locations if own is not None else None
-            # A package's own code runs, and finds our modules; a folder without code has nothing to export.
-            if inside is not None and own.loader is not None and shim.is_sound(name):
-                return None
-            spec = ModuleSpec(name, _Loader(shim, place), origin="fastgen.compat", is_package=True)
-            spec.submodule_search_locations += inside or []
-            return spec
+            if shim.is_made(name):
+                own = _find_elsewhere(name, path)
+                if own is None or not shim.is_sound(name):
+                    spec = ModuleSpec(
+                        name, _Loader(shim, shim.place(name)), origin="fastgen", is_package=True
+                    )
+                    spec.submodule_search_locations += getattr(own, "submodule_search_locations", None) or []
+                    return spec
         return None
 
-    def _find_elsewhere(self, name: str, path: Sequence[str] | None) -> ModuleSpec | None:
-        specs = (finder.find_spec(name, path) for finder in sys.meta_path if finder is not self)
-        return next((spec for spec in specs if spec is not None), None)
+    def _find_op(
+        self, name: str, path: Sequence[str] | None, shim: _Shim, place: _Place
+    ) -> ModuleSpec | None:
+        own = _find_elsewhere(name, path)
+        nested = getattr(shim.served, "NESTED", False) and not place.inside
+        if own is not None and nested and own.submodule_search_locations is not None:
+            inner = f"{name}.{place.module}"
+            if _find_elsewhere(inner, own.submodule_search_locations) is not None:
+                return None  # the module in it is the op
+        if own is not None and hasattr(shim.served, "adapt"):
+            spec = ModuleSpec(name, _Loader(shim, place, own), origin=own.origin)
+            spec.has_location = True
+            return spec
+        loader = _Loader(shim, place, own)
+        return ModuleSpec(name, loader, origin="fastgen", is_package=nested and own is None)
+
+
+def _find_elsewhere(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    finders = (finder for finder in sys.meta_path if finder is not _finder and hasattr(finder, "find_spec"))
+    return next((spec for finder in finders if (spec := finder.find_spec(name, path)) is not None), None)
 
 
 class _Loader(Loader):
-    def __init__(self, shim: _Shim, place: str | None, own: ModuleSpec | None = None):
+    def __init__(self, shim: _Shim, place: _Place | None, own: ModuleSpec | None = None):
         self.shim, self.place, self.own = shim, place, own
 
     def exec_module(self, module: ModuleType) -> None:
         self.shim.made.append(module.__name__)
-        names = {} if self.place is None else self.shim.names(self.place)
-        if self.own is not None:
+        if self.place is None:
+            return
+        names = self.shim.names(self.place)
+        if self.own is not None and hasattr(self.shim.served, "adapt"):
             self.own.loader.exec_module(module)
             names = self.shim.served.adapt(module, names)
-        if self.place == "" and names:
-            # First, for each of them will be an attribute of the package, and may have a function's name.
-            for inner in self.shim.served.MODULES:
+        elif self.own is not None:
+            module.__getattr__ = self._rest_of(self.own)
+        if module.__spec__.submodule_search_locations is not None:
+            # First, for each of them will be an attribute, and may have a function's name.
+            for inner in (
+                [self.place.module] if self.place.module else self.shim.served.MODULES if names else []
+            ):
                 importlib.import_module(f"{module.__name__}.{inner}")
         vars(module).update(names)
+
+    def _rest_of(self, own: ModuleSpec):
+        """What a module has besides, out of the repository's own file."""
+        loaded: list[ModuleType] = []
+
+        def find(name: str):
+            if name.startswith("__") or own.loader is None:
+                raise AttributeError(f"module {own.name!r}, served by fastgen, has no attribute {name!r}")
+            if not loaded:
+                loaded.append(importlib.util.module_from_spec(own))
+                own.loader.exec_module(loaded[0])
+            return getattr(loaded[0], name)
+
+        return find
 
 
 _finder = _Finder()

@@ -1,13 +1,17 @@
-"""What the dialects share: arguments that choose nothing here, and convolutions whose weights may go without
-gradients for a while."""
+"""What the dialects share: arguments that choose nothing here, others' names of arguments, and convolutions
+whose weights may go without gradients for a while."""
 
 import contextlib
 import functools
+import inspect
+import re
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..ops._define import is_transformed
 
 _left_out = False
 
@@ -16,18 +20,42 @@ def named(*functions: Callable) -> dict[str, Callable]:
     return {function.__name__: function for function in functions}
 
 
-def accepting(function: Callable, name: str, values: tuple) -> Callable:
-    """The function, with an argument of that name besides, one of these values, which changes nothing."""
+def accepting(function: Callable, name: str, values: tuple, module: str) -> Callable:
+    """The function as one of `module`, with one more argument, of these values, that changes nothing."""
+    signature = inspect.signature(function)
+    last = inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=values[0])
+    count = len(signature.parameters)
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        value = kwargs.pop(name, values[0])
+        value = args[count] if len(args) == count + 1 else kwargs.pop(name, values[0])
         if value not in values:
             wanted = " or ".join(map(repr, values))
             raise ValueError(f"{function.__name__}: {name} must be {wanted}, got {value!r}")
-        return function(*args, **kwargs)
+        return function(*args[:count], **kwargs)
 
+    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), last])
+    call.__module__ = module
     return call
+
+
+def speaking(**names: str) -> Callable[[Callable], Callable]:
+    """A function whose errors call arguments what its caller does: speaking(x="input")."""
+
+    def wrap(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except (TypeError, ValueError) as error:
+                found = re.match(r"\w+: (\w+) must (.*)", str(error), re.DOTALL)
+                if found is None or found[1] not in names:
+                    raise
+                raise type(error)(f"{function.__name__}: {names[found[1]]} must {found[2]}") from None
+
+        return call
+
+    return wrap
 
 
 @contextlib.contextmanager
@@ -54,7 +82,8 @@ class _Weight(torch.autograd.Function):
 def weight_of(weight: Tensor) -> Tensor:
     """The weight, with a gradient only outside no_weight_gradients."""
     recorded = torch.is_grad_enabled() and weight.requires_grad
-    return _Weight.apply(weight) if recorded and not torch.compiler.is_compiling() else weight
+    passed = torch.compiler.is_compiling() or is_transformed()
+    return _Weight.apply(weight) if recorded and not passed else weight
 
 
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):

@@ -12,6 +12,7 @@ from ._shared import named
 from .rosinality import fused, upfirdn2d_op
 
 PREFIXES = ("basicsr.ops", "face_model.op")
+NESTED = True
 
 
 class FusedLeakyReLU(nn.Module):
@@ -54,3 +55,8 @@ MODULES = {
     "upfirdn2d": named(upfirdn2d) | {"upfirdn2d_ext": upfirdn2d_op, "upfirdn2d_op": upfirdn2d_op},
 }
 EXPORTS = named(FusedLeakyReLU, fused_leaky_relu, upfirdn2d)
+
+
+def exports(package: str) -> dict:
+    """basicsr.ops has its ops in packages of their own only."""
+    return {} if package.rpartition(".")[2] == "ops" else EXPORTS

@@ -2,8 +2,8 @@
 
 A decoder of two linear layers with a softplus between them, over the mean of the planes, as EG3D's own, goes
 through the fused renderer: layers of `torch.nn`, or with EG3D's `weight_gain` and `bias_gain`. Whether it is
-one is tried out on random features. Any other decoder, a subclass that overrides a step, or density noise
-goes through the same steps one by one. Random depths are drawn as the original draws them.
+one is tried out on random features and weights. Any other decoder, one with hooks, a subclass that overrides
+a step, or density noise goes through the same steps one by one. Random depths are drawn as the original does.
 
 Where the repository has a renderer of its own, that file runs first, and the rest of what is in it stays, its
 `generate_planes` too: it decides where the planes lie.
@@ -153,7 +153,7 @@ class ImportanceRenderer(nn.Module):
         return (
             all(getattr(type(self), step) is getattr(ImportanceRenderer, step) for step in steps)
             and type(self.ray_marcher) is MipRayMarcher2
-            and options.get("density_noise", 0) == 0
+            and not options.get("density_noise")
             and planes.shape[1] == 3
         )
 
@@ -163,7 +163,7 @@ class ImportanceRenderer(nn.Module):
             self.plane_axes, planes, sample_coordinates, padding_mode="zeros", box_warp=options["box_warp"]
         )
         out = decoder(features, sample_directions)
-        if (noise := options.get("density_noise", 0)) > 0:
+        if noise := options.get("density_noise"):
             out["sigma"] = out["sigma"] + torch.randn_like(out["sigma"]) * noise
         return out
 
@@ -194,7 +194,8 @@ class ImportanceRenderer(nn.Module):
         return all_depths.gather(2, order), *rest
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+# Of each decoder, by what may change how it computes, whether it does as render_triplane.
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
 
 
 def decoder_layers(decoder: nn.Module, planes: Tensor) -> tuple[Tensor, ...] | None:
@@ -203,38 +204,51 @@ def decoder_layers(decoder: nn.Module, planes: Tensor) -> tuple[Tensor, ...] | N
     if not (
         isinstance(net, nn.Sequential)
         and len(net) == 3
-        and all(
-            isinstance(getattr(layer, name, None), Tensor)
-            for layer in net[::2]
-            for name in ("weight", "bias")
-        )
+        and all(isinstance(getattr(x, k, None), Tensor) for x in net[::2] for k in ("weight", "bias"))
         and all(getattr(layer, "activation", "linear") == "linear" for layer in net[::2])
         and isinstance(net[1], nn.Softplus)
         and net[0].weight.shape[1] == planes.shape[2]
         and len(list(decoder.parameters())) == 4
+        and not list(decoder.buffers())
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in decoder.modules())
     ):
         return None
-    layers = []
-    for layer in net[::2]:
-        gains = (getattr(layer, name, 1) for name in ("weight_gain", "bias_gain"))
-        layers += [x * gain for x, gain in zip((layer.weight, layer.bias), gains, strict=True)]
-    if decoder not in _known:
-        _known[decoder] = _does_as(decoder, layers)
-    return tuple(layers) if _known[decoder] else None
+    plain = (bool, int, float, str)
+    state = decoder.training, *((k, v) for k, v in vars(decoder).items() if isinstance(v, plain))
+    answers = _known.setdefault(decoder, {})
+    if state not in answers:
+        answers[state] = _does_as_the_renderer(decoder)
+    return tuple(_effective(net, dict(net.named_parameters()))) if answers[state] else None
+
+
+def _effective(net: nn.Sequential, parameters: dict[str, Tensor]) -> list[Tensor]:
+    names = [(i, name) for i in (0, 2) for name in ("weight", "bias")]
+    return [parameters[f"{i}.{name}"] * getattr(net[i], f"{name}_gain", 1) for i, name in names]
 
 
 @torch.no_grad()
-def _does_as(decoder: nn.Module, layers: list[Tensor]) -> bool:
-    """Does the decoder compute what render_triplane does with these?"""
-    w1, b1, w2, b2 = (x.float() for x in layers)
-    x = torch.linspace(-7, 7, 3 * 64 * w1.shape[1], device=w1.device).sin().view(1, 3, 64, -1)
-    directions = F.normalize(torch.linspace(-5, 5, 64 * 3, device=w1.device).cos().view(1, 64, 3), dim=-1)
-    y = F.linear(F.softplus(F.linear(x.mean(1), w1, b1)), w2, b2)
+def _does_as_the_renderer(decoder: nn.Module) -> bool:
+    """Tried out on random features with random weights, for its own may yet be zero."""
+    random = torch.Generator().manual_seed(0)
+    net, first = decoder.net, decoder.net[0].weight
+
+    def draw(*shape):
+        return torch.randn(shape, generator=random).to(first)
+
+    weights = {}
+    for name, x in net.named_parameters():
+        layer, _, kind = name.partition(".")
+        spread = x.shape[1] ** -0.5 if kind == "weight" else 0.5
+        weights[name] = draw(*x.shape) * spread / getattr(net[int(layer)], f"{kind}_gain", 1)
+    features, directions = draw(1, 3, 64, first.shape[1]), F.normalize(draw(1, 64, 3), dim=-1)
+    w1, b1, w2, b2 = _effective(net, weights)
+    y = F.linear(F.softplus(F.linear(features.mean(1), w1, b1)), w2, b2)
     wanted = {"rgb": y[..., 1:].sigmoid() * 1.002 - 0.001, "sigma": y[..., :1]}
+    inside = {f"net.{name}": x for name, x in weights.items()}
     try:
-        got = decoder(x.to(layers[0].dtype), directions.to(layers[0].dtype))
-        return all(torch.allclose(got[k].float(), v, rtol=1e-3, atol=1e-3) for k, v in wanted.items())
-    except (RuntimeError, TypeError, KeyError, AttributeError, IndexError):
+        got = torch.func.functional_call(decoder, inside, (features, directions))
+        return all(torch.allclose(got[k].to(v), v, rtol=1e-3, atol=1e-3) for k, v in wanted.items())
+    except Exception:  # whatever keeps it from being called so
         return False
 
 

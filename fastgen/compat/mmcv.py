@@ -3,27 +3,35 @@
 Both signatures of upfirdn2d are taken: mmcv 2's (filter, padding), and 1's (kernel, pad) by those names.
 """
 
-import importlib.util
+import importlib
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from . import rosinality
-from ._shared import GRADFIX, accepting, named
+from ._shared import GRADFIX, accepting, named, speaking
 
 PREFIXES = ("mmcv.ops",)
 
 filter2d, upsample2d, downsample2d = (
-    accepting(op, "use_custom_op", (True, False)) for op in (ops.filter2d, ops.upsample2d, ops.downsample2d)
+    accepting(op, "use_custom_op", (True, False), __name__)
+    for op in (ops.filter2d, ops.upsample2d, ops.downsample2d)
 )
 
 
 def is_sound(name: str) -> bool:
     """Without its compiled extension mmcv.ops cannot be imported."""
-    return name != "mmcv.ops" or importlib.util.find_spec("mmcv._ext") is not None
+    if name != "mmcv.ops":
+        return True
+    try:
+        importlib.import_module("mmcv._ext")
+    except ImportError:  # none, or of another torch
+        return False
+    return True
 
 
+@speaking(x="input", f="filter")
 def upfirdn2d(
     input: Tensor,  # [N, C, H, W]
     filter: Tensor | None = None,  # [taps] or [fh, fw]
@@ -43,11 +51,13 @@ def upfirdn2d(
     return ops.upfirdn2d(input, filter if kernel is None else kernel, up, down, padding, flip_filter, gain)
 
 
+@speaking(x="input", b="bias")
 def bias_act(input, bias=None, dim=1, act="linear", alpha=None, gain=None, clamp=None, use_custom_op=True):
     """fastgen.ops.bias_act."""
     return ops.bias_act(input, bias, dim, act, alpha, gain, clamp)
 
 
+@speaking(x="input", fu="filter_up", fd="filter_down", b="bias")
 def filtered_lrelu(
     input, filter_up=None, filter_down=None, bias=None, up=1, down=1, padding=0, gain=2**0.5, slope=0.2,
     clamp=None, flip_filter=False, use_custom_op=True,
@@ -70,9 +80,10 @@ class FusedBiasLeakyReLU(nn.Module):
         return fused_bias_leakyrelu(input, self.bias, self.negative_slope, self.scale)
 
 
+@speaking(x="input", b="bias")
 def fused_bias_leakyrelu(input, bias, negative_slope=0.2, scale=2**0.5):
     """leaky_relu(input + bias) * scale, over [N, C, ...]."""
-    return rosinality.fused_leaky_relu(input, bias, negative_slope, scale)
+    return ops.bias_act(input, bias, act="lrelu", alpha=negative_slope, gain=scale)
 
 
 MODULES = {

@@ -5,16 +5,21 @@ FASTGEN_BACKEND=reference, or `with fastgen.backend("reference")`, turns all ker
 set: what it would turn on, derivatives of any order, is always there.
 """
 
-from types import SimpleNamespace
-
 from .. import ops
 from ..ops.bias_act import DEFAULTS
 from ._shared import GRADFIX, accepting, named, weight_of
 
 PREFIXES = ("torch_utils.ops",)
 
+
+class _Record(dict):
+    """Read by item and by attribute."""
+
+    __getattr__ = dict.__getitem__
+
+
 activation_funcs = {
-    name: SimpleNamespace(
+    name: _Record(
         func=lambda x, alpha=None, name=name, **_: ops.bias_act(x, act=name, alpha=alpha, gain=1),
         def_alpha=alpha,
         def_gain=gain,
@@ -29,11 +34,16 @@ def _init() -> bool:
 
 
 upfirdn2d, filter2d, upsample2d, downsample2d, bias_act, filtered_lrelu = (
-    accepting(op, "impl", ("cuda", "ref"))
+    accepting(op, "impl", ("cuda", "ref"), __name__)
     for op in (
         ops.upfirdn2d, ops.filter2d, ops.upsample2d, ops.downsample2d, ops.bias_act, ops.filtered_lrelu
     )
 )  # fmt: skip
+
+
+def grid_sample(input, grid):
+    """fastgen.ops.grid_sample: bilinear, zeros outside, align_corners=False."""
+    return ops.grid_sample(input, grid)
 
 
 def conv2d_resample(x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight=True, flip_filter=False):
@@ -47,7 +57,7 @@ MODULES = {
     "filtered_lrelu": named(filtered_lrelu, _init),
     "conv2d_resample": named(conv2d_resample),
     "conv2d_gradfix": GRADFIX | {"enabled": True},
-    "grid_sample_gradfix": named(ops.grid_sample) | {"enabled": True},
+    "grid_sample_gradfix": named(grid_sample) | {"enabled": True},
     "fma": named(ops.fma),
 }
 EXPORTS = {}

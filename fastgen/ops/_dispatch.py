@@ -29,7 +29,7 @@ def _suits_triton(x, fu, fd, b, up, down, *_) -> bool:
         return False
     taps = [1 if f is None else len(f) for f in (fu, fd)]
     own_code = (up, down) in ((2, 2), (4, 2)) and taps == [6 * up, 6 * down]
-    return not own_code and max(up, down) <= 4 and max(taps) <= 24
+    return not own_code and max(up, down) <= 4 and 1 < max(taps) <= 24
 
 
 CUDA: dict[str, Callable[..., bool] | None] = {
@@ -51,6 +51,7 @@ library = torch.library.Library("fastgen", "DEF")
 _host_library = torch.library.Library("fastgen_cuda_host", "DEF")
 _defaults: dict[str, Callable] = {}  # what runs an op where no kernel does
 _launchers: dict[str, Callable] = {}  # of Triton kernels
+_files: dict[str, str] = {}  # of fastgen.kernels, that have them
 # Kernels that a backend puts above all others while it is chosen: op, dispatch key, kernel.
 _first: dict[str, list[tuple[str, str, Callable]]] = {"triton": [], "cuda-host": []}
 _in_front: torch.library.Library | None = None
@@ -71,7 +72,7 @@ def serve(name: str, default: Callable, triton: str | None) -> None:
     _defaults[name] = default
     library.impl(name, _first_cuda_call(name), "CUDA")
     if triton is not None and _backends.has_triton():
-        _launchers[name] = _launcher(name, triton, default)
+        _files[name], _launchers[name] = triton, _launcher(name, triton, default)
         for key in ["CUDA", "CPU"] if _backends.is_interpreted() else ["CUDA"]:
             _offer("triton", name, key, _launchers[name])
     if _has_kernel(name, "CPU", "fastgen_cuda_host"):
@@ -144,13 +145,14 @@ def settle_cuda() -> dict[str, tuple[str, str]]:
 
 def _either(name: str) -> Callable:
     """Triton or C++, by the table."""
-    cuda = torch.library.get_kernel(f"fastgen::{name}", "CUDA")
+    kernel = torch.library.get_kernel(f"fastgen::{name}", "CUDA")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
-    def run(*args):
-        return _launchers[name](*args) if CUDA[name](*args) else cuda.call_boxed(keys, *args)
+    def cuda(*args):
+        return kernel.call_boxed(keys, *args)
 
-    return run
+    triton = _launcher(name, _files[name], cuda)
+    return lambda *args: triton(*args) if CUDA[name](*args) else cuda(*args)
 
 
 @contextlib.contextmanager
