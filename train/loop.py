@@ -26,7 +26,8 @@ from fastgen.models.discriminator import DualDiscriminator
 from fastgen.models.student import Student
 
 from .config import TrainConfig
-from .data import ImageDataset, Poses, RealStream, TargetStream
+from .data import Poses, RealStream, TargetStream
+from .dataset import ImageDataset
 from .losses import discriminator_loss, generator_loss, make_perceptual, r1_penalty, reconstruction_terms
 from .metrics import psnr
 from .run import Grid, Log, StopSignals, read_checkpoint, set_random_state, write_checkpoint
@@ -67,7 +68,7 @@ def distil(
     device = find_device(config.device)
     out = Path(config.out)
     saved = read_checkpoint(out / "resume.pt", config)
-    dataset = None if config.reals == "teacher" else ImageDataset(config.reals)
+    dataset = None if config.reals == "teacher" else ImageDataset(config.reals, config.mirror)
     perceptual = make_perceptual(config.perceptual, config.perceptual_weights)
     if perceptual is not None:
         perceptual = perceptual.to(device)
@@ -134,7 +135,7 @@ def distil(
         write_checkpoint(out / "resume.pt", {**state, "step": step, "images": images}, config)
         save_student(out / "student.safetensors", average, poses, teacher, config.teacher)
 
-    with StopSignals() as stop, log, _progress(progress) as bar:
+    with StopSignals() as stop, log, reals, _progress(progress) as bar:
         task = bar.add_task("", total=config.steps, completed=step)
         while step < config.steps and not stop.requested and time.monotonic() < deadline:
             started = time.perf_counter()

@@ -29,6 +29,7 @@ _FREE_ON_RESUME = (
     "grid_images",
     "checkpoint_every",
     "tensorboard",
+    "workers",
 )
 
 
