@@ -163,7 +163,7 @@ class TrainConfig:
     """'auto' (GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
     workers: int = 0
     """Processes that read the data set of reals ahead, with the same batches whatever their number; 0: the
-    training reads it. Each holds two batches of bytes in /dev/shm."""
+    training reads it. A batch is one worker's."""
     seed: int = 0
     """Fixes targets, batches and initial weights; below 2^63."""
     resume: bool = False

@@ -154,17 +154,16 @@ class ImageDataset:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Image [3, H, W] in [-1, 1] and label [25]."""
-        return in_range(torch.from_numpy(self._pixels(index)).permute(2, 0, 1)), self.labels[index]
+        return in_range(torch.from_numpy(self._pixels(index))), self.labels[index]
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n poses [n, 25], drawn from the labels."""
         return self.labels[torch.randint(len(self), (n,), generator=generator)]
 
-    def batch(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """n images [n, 3, H, W], as bytes, and their poses [n, 25], drawn at random."""
+    def batch(self, n: int, generator: torch.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """n images, bytes [n, H, W, 3], and their poses [n, 25], drawn at random."""
         picks = torch.randint(len(self), (n,), generator=generator)
-        pixels = np.stack([self._pixels(i) for i in picks.tolist()])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2), self.labels[picks]
+        return np.stack([self._pixels(i) for i in picks.tolist()]), self.labels[picks].numpy()
 
     def _pixels(self, index: int) -> np.ndarray:
         """Bytes [H, W, 3]."""
@@ -175,8 +174,8 @@ class ImageDataset:
 
 
 def in_range(pixels: Tensor) -> Tensor:
-    """Bytes as floats in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
+    """Bytes [..., H, W, 3] as images [..., 3, H, W] in [-1, 1]."""
+    return pixels.movedim(-1, -3).float() / 127.5 - 1
 
 
 def read_ahead(items, indices: Iterable[int], workers: int) -> Iterator:
