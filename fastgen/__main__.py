@@ -21,7 +21,9 @@ import tyro
 
 import fastgen
 from fastgen._backends import BackendError
+from fastgen._text import complain, table
 from fastgen.train.config import PRESETS, TrainConfig
+from fastgen.train.data_cli import Data
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +51,9 @@ class Info:
             return
         for part in ("versions", "machine"):
             rows = [[key.replace("_", " "), _shown(value)] for key, value in found[part].items()]
-            print(_table([part, ""], rows), end="\n\n")
+            print(table([part, ""], rows), end="\n\n")
         rows = [[name, "yes" if b["usable"] else "no", b["why"]] for name, b in found["backends"].items()]
-        print(_table(["backend", "usable", "where, or why not"], rows), end="\n\n")
+        print(table(["backend", "usable", "where, or why not"], rows), end="\n\n")
         rows = []
         for op, devices in found["ops"].items():
             why = []
@@ -65,7 +67,7 @@ class Info:
                 for by in devices.values()
             ]
             rows.append([op, *names, "; ".join(why)])
-        print(_table(["op", *(f"on {device}" for device in devices), "why the reference"], rows))
+        print(table(["op", *(f"on {device}" for device in devices), "why the reference"], rows))
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Convert:
             ["plane axes", header["plane_axes"]],
             ["source SHA-256", header["source_sha256"] or "unknown"],
         ]
-        print(_table([header["kind"], str(self.out)], rows))
+        print(table([header["kind"], str(self.out)], rows))
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,7 @@ class Patch:
         if not found:
             print(f"{self.folder}: none of the ops that fastgen replaces")
             return
-        print(_table(["dialect", "imported as", "files"], [_row(f) for f in found]))
+        print(table(["dialect", "imported as", "files"], [_row(f) for f in found]))
         print("\nBefore the first import of these:\n\n    import fastgen.compat")
         for line in dict.fromkeys(f.line for f in found):
             print(f"    {line}")
@@ -314,7 +316,10 @@ def _row(found) -> list[str]:
     return [found.dialect, found.package, ", ".join(map(str, found.files))]
 
 
-COMMANDS = ("info", "convert", "render", "export", "train", "demo", "patch")
+COMMANDS = (
+    *("info", "convert", "render", "export", "train", "demo", "patch"),
+    *("data check", "data toy", "data"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -411,7 +416,7 @@ def _parse(argv: list[str]):
         # tyro draws a box of several lines; what it says is told in one.
         with contextlib.redirect_stderr(said):
             command = tyro.cli(
-                Info | Convert | Render | Export | train | Demo | Patch,
+                Info | Convert | Render | Export | train | Demo | Patch | Data,
                 prog="fastgen",
                 args=argv[:own],
                 description="Fast 3D-aware image generation: NeRF-GANs, and students distilled from them.",
@@ -435,24 +440,15 @@ def _one_line(box: str) -> str:
     if "Required options" in title:
         what = "missing " + ", ".join(line.split()[0] for line in lines[:rule] if re.match(r" {4}\S", line))
     meant = [line.split()[0] for line in more if line.startswith("    --") and "meant" in box]
-    what = re.sub(r"^Error parsing [A-Z]\w*: (TrainConfig: )?", "", what)
+    what = re.sub(r"^Error parsing ([A-Z][a-z]\w*|action): (TrainConfig: )?", "", what)
     what += f"; perhaps you meant {' or '.join(dict.fromkeys(meant))}" if meant else ""
     return what + "".join(f". {line}" for line in more if line.startswith("Available"))
 
 
 def _complain(argv: list[str], message: str, code: int = 2) -> int:
-    command = f" {argv[0]}" if argv and argv[0] in COMMANDS else ""
-    # A file's name or its content may hold anything.
-    line = "".join(letter for letter in " ".join(message.split()) if letter.isprintable())
-    line = line.removeprefix("TrainConfig: ")
-    print(f"fastgen{command}: {line}", file=sys.stderr)
+    command = next((known for known in COMMANDS if argv[: len(known.split())] == known.split()), "")
+    complain(command, message.removeprefix("TrainConfig: "))
     return code
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    table = [head, ["-" * width for width in widths], *rows]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
 
 
 def _shown(value) -> str:

@@ -78,6 +78,30 @@ def split_label(c: Tensor) -> tuple[Tensor, Tensor]:  # [N, 25] -> [N, 4, 4], [N
     return c[:, :16].reshape(-1, 4, 4), c[:, 16:].reshape(-1, 3, 3)
 
 
+def mirror(c: Tensor) -> Tensor:  # [N, 25] -> [N, 25]
+    """Labels of images flipped left to right: the cameras' mirror images in the plane x = 0.
+
+    With F = diag(-1, 1, 1, 1) the pose M becomes F M F: the second F turns the camera's x axis back to the
+    right of what is now its image. The centre and the skew of the intrinsics follow.
+    """
+    pose, k = split_label(c)
+    flip = pose.new_tensor([-1.0, 1.0, 1.0, 1.0])
+    k = k.clone()
+    k[:, 0, 1].neg_()
+    k[:, 0, 2] = 1 - k[:, 0, 2]
+    return label(pose * flip[:, None] * flip, k)
+
+
+def angles(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N, 25]
+    """Where the cameras of labels stand, as look_at takes it: azimuth, polar angle and radius, [N] each.
+
+    Azimuths are in [-pi/2, 3 pi/2], half a turn to either side of the front. The pivot is not looked at.
+    """
+    x, y, z = split_label(c)[0][:, :3, 3].unbind(1)
+    radius = (x * x + y * y + z * z).sqrt()
+    return math.pi / 2 + torch.atan2(x, z), math.pi / 2 * (1 - y / radius.clamp_min(1e-12)), radius
+
+
 def rays(c: Tensor, resolution: int) -> tuple[Tensor, Tensor]:  # [N, 25]
     """Rays through the pixel centres of a square image, row by row, x first.
 

@@ -17,6 +17,11 @@ class Preset:
     camera: CameraDistribution
     r1_gamma: float = 1.0
 
+    @property
+    def resolution(self) -> int:
+        """Side of the images, and of those of a data set for it, in pixels."""
+        return self.teacher["img_resolution"]
+
 
 _FACES = {
     "depth_resolution": 48,

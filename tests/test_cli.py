@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import math
 import re
 import subprocess
 import sys
@@ -19,11 +20,13 @@ import fastgen
 from fastgen import __main__ as cli
 from fastgen import _backends, checkpoint, pictures
 from fastgen.__main__ import main, parse_seeds
-from fastgen.camera import CameraDistribution
+from fastgen.camera import CameraDistribution, angles
 from fastgen.models.student import Student
 from fastgen.models.teacher import Teacher
-from fastgen.train import demo
+from fastgen.train import demo, toy
 from fastgen.train.config import PRESETS
+from fastgen.train.data import generator_for
+from fastgen.train.dataset import ImageDataset
 
 ROOT = Path(__file__).parents[1]
 # The convolutions of torchvision's vgg16.
@@ -127,13 +130,16 @@ def test_start_imports_no_heavy_package():
             ["--teacher", "--out", "--preset", "--resume", "--stage1-steps", "Discriminator's learning"],
         ),
         ("export", ["STUDENT.safetensors", "OUT.onnx", "--fp16", "--opset", "--noise"]),
+        ("data", ["check", "toy"]),
+        ("data check", ["FILE", "--deep", "--workers", "--preset"]),
+        ("data toy", ["OUT.zip", "N", "--resolution", "--seed"]),
         ("demo", ["--out", "--minutes", "--length", "side_by_side.png"]),
     ],
 )
 def test_help(command, named, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     said = capsys.readouterr()
     assert end.value.code == 0 and not said.err
     for words in named:
@@ -296,6 +302,67 @@ def test_train_resumes(files, tmp_path, capsys):
     assert "config.json: not JSON" in capsys.readouterr().err
 
 
+def test_data_sets_of_the_toy_are_repeatable(tmp_path, capsys):
+    paths = [tmp_path / name for name in ("a.zip", "new/b.zip", "c.zip")]
+    for path, arguments in zip(paths, ("2", "2", "1 --seed 1"), strict=True):
+        assert main(["data", "toy", str(path), *arguments.split(), "--resolution", "16"]) == 0
+    assert capsys.readouterr().out.split() == [str(path) for path in paths]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    a, b = ImageDataset(paths[0]), ImageDataset(paths[2])
+    assert len(a) == 2 and a.resolution == 16 and not torch.equal(a.labels[0], b.labels[0])
+    # An image is the same however many follow, and is what the toy's head looks like from its label.
+    assert main(["data", "toy", str(paths[2]), "1", "--resolution", "16"]) == 0
+    again = ImageDataset(paths[2])
+    assert torch.equal(again[0][0], a[0][0]) and torch.equal(again.labels[0], a.labels[0])
+    random = generator_for(0, "toy data set", 1)
+    z, c = torch.randn(1, 16, generator=random), toy.poses(1, random)
+    torch.testing.assert_close(a[1][0], toy.picture(z, c, 16)[0][0], rtol=0, atol=1 / 127.5)
+    assert torch.equal(a.labels[1:], c)
+
+
+def test_data_check(tmp_path, capsys):
+    path = tmp_path / "a.zip"
+    assert main(["data", "toy", str(path), "3", "--resolution", "16"]) == 0
+    assert main(["data", "check", str(path), "--deep", "--workers", "1"]) == 0
+    said = capsys.readouterr()
+    lines = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in said.out.splitlines()}
+    assert lines["images"] == ["3"] and lines["resolution"] == ["16 x 16"] and not said.err
+    azimuth = angles(ImageDataset(path).labels)[0] - math.pi / 2
+    yaw = [f"{x:.4f}" for x in (azimuth.mean(), azimuth.std(unbiased=False), azimuth.min(), azimuth.max())]
+    assert lines["yaw, radians (azimuth - pi/2)"] == yaw
+    assert lines["radius"] == ["2.7000", "0.0000", "2.7000", "2.7000"]
+    with pytest.raises(SystemExit) as end:
+        main(["data", "check", str(path), "--preset", "toy", "--workers", "0"])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and "toy: mean" in said.out
+    assert said.err == f"fastgen data check: {path} has images of 16 x 16 pixels, toy of 128 x 128\n"
+    # Twenty faults line by line, then a number.
+    content = {"labels": [[f"{i}\x1b.png", [0]] for i in range(23)]}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as end:
+        main(["data", "check", str(tmp_path), "--workers", "0"])
+    errors = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(errors) == 21
+    assert errors[0] == f"fastgen data check: {tmp_path}: the label of 0.png must have 25 numbers"
+    assert errors[20] == f"fastgen data check: {tmp_path}: and 3 more"
+
+
+def test_train_on_a_data_set(tmp_path, capsys):
+    """Both stages of the toy teacher's student, on a zip's images and their mirror images."""
+    reals, out = tmp_path / "toy.zip", tmp_path / "run"
+    assert main(["data", "toy", str(reals), "2"]) == 0
+    arguments = (
+        f"train --teacher toy --out {out} --reals {reals} --mirror --workers 2 --batch-size 2 --growth"
+        " --replay 0 --replay-reuse 1 --poses-per-latent 1 --stage1-steps 3 --stage2-steps 3 --log-every 1"
+        " --neural-rendering-resolution 16 --discriminator-channels 128 --discriminator-channel-max 8"
+        " --grid-every 0 --no-tensorboard --device cpu"
+    )
+    assert main(arguments.split()) == 0
+    assert "step 6 of 6" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert ["discriminator" in line for line in lines] == [False] * 3 + [True] * 3
+
+
 def test_demo(files, tmp_path, capsys):
     out = tmp_path / "demo"
     # What an earlier demo left is replaced, not gone on from.
@@ -439,6 +506,20 @@ WRONG = {
     "null as label": ("train {small} --out {tmp}/t --reals {null}", "reals: .*a.png must have 25 numbers"),
     "words as label": ("train {small} --out {tmp}/t --reals {words}", "reals: .*a.png must have 25 numbers"),
     "damaged zip": ("train {small} --out {tmp}/t --reals {zip}", "reals: .*damaged.zip is damaged"),
+    "mirrored teacher": (
+        "train {small} --out {tmp}/t --mirror",
+        "mirror must be False when reals is 'teacher'",
+    ),
+    "no action on data": ("data", "^fastgen data: Expected one of .check, toy"),
+    "no data set": ("data check", "^fastgen data check: missing FILE"),
+    "missing data set": ("data check {tmp}/no.zip", "^fastgen data check: .*no.zip: no such data set"),
+    "text as data set": ("data check {text}", "a.txt is neither a folder nor a zip file"),
+    "damaged data set": ("data check {zip}", "damaged.zip is damaged"),
+    "folder without labels": ("data check {run}", "run has no dataset.json"),
+    "negative workers": ("data check {zip} --workers -1", "check: workers must be from 0 to 256, got -1"),
+    "no images": ("data toy {tmp}/a.zip 0", "^fastgen data toy: images must be from 1 to 1000000, got 0"),
+    "number of images in words": ("data toy {tmp}/a.zip few", "N: .*'few'"),
+    "wrong ending of a data set": ("data toy {tmp}/a/a.tar 1", "a.tar: the file name must end in .zip"),
     "no VGG16": (
         "train --teacher {teacher} --out {tmp}/t",
         "--perceptual lpips-vgg needs --perceptual-weights",

@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgen import compat, ops
+from fastgen import compat, ops, presets
 from fastgen.__main__ import main
+from fastgen.train.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -173,6 +174,18 @@ def test_messages_that_are_explained_are_those_of_the_code():
     for message in found:
         for part in message.split("…"):
             assert part.strip() in code, (message, part)
+
+
+def test_presets_are_listed_as_they_are():
+    for name, preset in presets.PRESETS.items():
+        row = f"| `{name}` | {preset.resolution} | {preset.r1_gamma:g} | {preset.camera.radius:g}, "
+        assert row in TEXTS["docs/distillation.md"], row
+        assert PRESETS[name].r1_gamma == preset.r1_gamma and PRESETS[name].camera in (name, "auto")
+        spread = {"gaussian": "normal, {:g} and {:g}", "uniform": "uniform, within {:g} and {:g}"}[
+            preset.camera.kind
+        ]
+        spread = spread.format(preset.camera.azimuth_spread, preset.camera.polar_spread)
+        assert f"{row}{spread} |" in TEXTS["docs/distillation.md"] or preset.camera.azimuth_spread > 3
 
 
 def test_tests_that_are_named_exist():

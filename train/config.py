@@ -45,7 +45,7 @@ _AT_LEAST_0 = (
         "grid_every",
         "checkpoint_every",
     ),
-    *("r1_gamma", "ema_half_life", "ema_rampup", "lr_superresolution", "seed"),
+    *("r1_gamma", "ema_half_life", "ema_rampup", "lr_superresolution", "workers", "seed"),
 )
 
 
@@ -83,6 +83,9 @@ class TrainConfig:
     # Targets.
     reals: str = "teacher"
     """Real images for the discriminator: 'teacher' (its own), or an EG3D zip or folder with dataset.json."""
+    mirror: bool = False
+    """Double the data set of reals by the mirror images and their labels, as EG3D can in training. Not for
+    one on disk that has them already, as EG3D's preparation of FFHQ makes it."""
     batch_size: int = 16
     """Images per step, of all processes together."""
     accumulate: int = 1
@@ -176,6 +179,9 @@ class TrainConfig:
     """'auto' (GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
     timeout: float = 600.0
     """Seconds after which a process of several (torchrun, SLURM) that does not answer ends the run."""
+    workers: int = 0
+    """Processes that read the data set of reals ahead, with the same batches whatever their number; 0: the
+    training reads it. A batch is one worker's."""
     seed: int = 0
     """Fixes targets, batches and initial weights; below 2^63."""
     resume: bool = False
@@ -214,6 +220,8 @@ class TrainConfig:
                 self._require(name, value in _CHOICES[name], "one of " + ", ".join(_CHOICES[name]))
         self._require("gpc_reg_prob", 0 <= self.gpc_reg_prob <= 1, "in [0, 1]")
         self._require("style_share", 0 < self.style_share <= 1, "above 0 and at most 1")
+        doubled = not self.mirror or self.reals != "teacher"
+        self._require("mirror", doubled, "False when reals is 'teacher'")
         self._require("seed", self.seed < 2**63, "below 2^63")
         cameras = ("auto", *presets.PRESETS)
         self._require("camera", self.camera in cameras, "one of " + ", ".join(cameras))

@@ -5,12 +5,9 @@ data it would have seen, and a checkpoint stores no data."""
 
 from __future__ import annotations
 
-import json
-import zipfile
-import zlib
 from collections import deque
-from pathlib import Path
-from typing import IO, Protocol
+from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Phase, TrainConfig
+from .dataset import ImageDataset, in_range, read_ahead
 from .distributed import World
-
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class Poses(Protocol):
@@ -134,99 +130,12 @@ class TargetStream:
         return batch
 
 
-class ImageDataset:
-    """An EG3D data set: images in a folder or a .zip, with poses in its dataset.json.
-
-    dataset.json is {"labels": [[file name, 25 numbers], ...]}; file names are relative to it, with forward
-    slashes."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(f"reals: no such data set: {path}")
-        self._zip = None
-        if self.path.is_file() and not zipfile.is_zipfile(self.path):
-            raise ValueError(f"reals: {path} is neither a folder nor a zip file")
-        try:
-            with self._open("dataset.json") as file:
-                content = json.load(file)
-        except (FileNotFoundError, KeyError):
-            raise FileNotFoundError(f"reals: {path} has no dataset.json") from None
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"reals: {path} is damaged: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"reals: {path}: dataset.json is not JSON: {error}") from None
-        labels = content.get("labels") if isinstance(content, dict) else None
-        if not labels or not isinstance(labels, list):
-            raise ValueError(f"reals: {path}: dataset.json has no labels")
-        for entry in labels:
-            pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
-            if not pair or not _is_label(entry[1]):
-                name = entry[0] if isinstance(entry, list) and entry else entry
-                raise ValueError(f"reals: {path}: the label of {name} must have 25 numbers")
-        images = [(name, label) for name, label in labels if name.lower().endswith(_IMAGE_SUFFIXES)]
-        if not images:
-            raise ValueError(f"reals: {path}: dataset.json names no {', '.join(_IMAGE_SUFFIXES)} file")
-        self.names = [name for name, _ in images]
-        self.labels = torch.tensor([label for _, label in images], dtype=torch.float32)
-        sizes = [self._size(name) for name in self.names]
-        self.resolution = sizes[0][0]
-        for name, size in zip(self.names, sizes, strict=True):
-            if size != (self.resolution, self.resolution):
-                raise ValueError(
-                    f"reals: {path}: images must be square and of one size, {self.names[0]} has "
-                    f"{sizes[0][0]} x {sizes[0][1]} pixels, {name} {size[0]} x {size[1]}"
-                )
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image [3, H, W] in [-1, 1] and label [25]."""
-        from PIL import Image
-
-        with self._open(self.names[index]) as file:
-            pixels = np.array(Image.open(file).convert("RGB"))
-        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1, self.labels[index]
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n poses [n, 25], drawn from the labels."""
-        return self.labels[torch.randint(len(self), (n,), generator=generator)]
-
-    def batch(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """n images [n, 3, H, W] and their poses [n, 25], drawn at random."""
-        items = [self[i] for i in torch.randint(len(self), (n,), generator=generator).tolist()]
-        return torch.stack([image for image, _ in items]), torch.stack([label for _, label in items])
-
-    def _size(self, name: str) -> tuple[int, int]:
-        """Width and height; only the image's header is read."""
-        from PIL import Image
-
-        try:
-            with self._open(name) as file:
-                return Image.open(file).size
-        except (FileNotFoundError, KeyError):
-            raise FileNotFoundError(f"reals: {self.path} has no {name}") from None
-        except (OSError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"reals: {self.path}: can't read the image {name}: {error}") from None
-
-    def _open(self, name: str) -> IO[bytes]:
-        if self.path.is_dir():
-            return (self.path / name).open("rb")
-        self._zip = self._zip or zipfile.ZipFile(self.path)
-        return self._zip.open(name)
-
-
-def _is_label(label: object) -> bool:
-    return (
-        isinstance(label, list)
-        and len(label) == 25
-        and all(type(x) in (int, float) and abs(x) < 1e30 for x in label)
-    )
-
-
 class RealStream:
-    """Real images for the discriminator: a data set's, or where there is none the step's own targets."""
+    """Real images for the discriminator: a data set's, or where there is none the step's own targets.
+
+    batch(step) is a pure function of configuration and step, so a worker of config.workers needs no more than
+    the steps' numbers. As a context it ends the workers, and names the data set where one of them died.
+    """
 
     def __init__(
         self,
@@ -238,13 +147,69 @@ class RealStream:
     ):
         self.config, self.raw_resolution, self.dataset, self.device = config, raw_resolution, dataset, device
         self.world = world
+        self._batches: Iterator | None = None
+        self._next = 0
 
     def batch(self, step: int, targets: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Images {'image', 'image_raw'} and their poses."""
         if self.dataset is None:
             return {key: targets[key] for key in ("image", "image_raw")}, targets["c"]
-        batch = self.dataset.batch(self.config.batch_size, generator_for(self.config.seed, "reals", step))
-        image, c = map(self.world.share, batch)
+        pixels, c = (torch.from_numpy(array).to(self.device) for array in self._read(step))
+        # Bytes until they are on the device: a quarter of what would be carried there.
+        image = in_range(pixels)
         size = (self.raw_resolution, self.raw_resolution)
         raw = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return {"image": image.to(self.device), "image_raw": raw.to(self.device)}, c.to(self.device)
+        return {"image": image, "image_raw": raw}, c
+
+    def _read(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        reals = _Reals(self.config, self.dataset, self.world)
+        if not self.config.workers:
+            batch = reals[step]
+        else:
+            if self._batches is None or step != self._next:
+                steps = range(step, max(self.config.steps, step + 1))
+                self._batches = read_ahead(reals, steps, self.config.workers)
+            batch = self._next_batch()
+            self._next = step + 1
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
+
+    def _next_batch(self) -> tuple[np.ndarray, np.ndarray] | Exception:
+        try:
+            return next(self._batches)
+        except Exception as error:
+            # Data arrives as data and errors as values, so this is a worker's end, whichever way it shows.
+            reason = str(error) or type(error).__name__
+        # Not while the error is handled: it holds on to the other workers.
+        self._batches = None
+        raise self._died(reason)
+
+    def _died(self, reason: str) -> ChildProcessError:
+        where = self.dataset.files.where
+        return ChildProcessError(f"{where}: a worker died, for want of memory it may be: {reason}")
+
+    def __enter__(self) -> RealStream:
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self._batches = None
+        # DataLoader's handler of SIGCHLD raises wherever the training is.
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            raise self._died(str(error)) from error
+
+
+class _Reals:
+    """The batches of bytes and poses by step, or the error in place of one. Arrays, not tensors: through a
+    pipe they cost the trainer a third of what tensors in shared memory do, and no room in /dev/shm."""
+
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, world: World):
+        self.config, self.dataset, self.world = config, dataset, world
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray] | Exception:
+        try:
+            random = generator_for(self.config.seed, "reals", step)
+            return self.dataset.batch(self.config.batch_size, random, self.world.rows)
+        except (OSError, ValueError) as error:
+            # Raised in a worker, it would arrive as a traceback.
+            return error

@@ -26,7 +26,7 @@ class LostProcess(ConnectionError):
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run; all methods but `share` are collective: every process calls them."""
+    """The processes of a run; all but `rows` and `share` are collective: every process calls them."""
 
     rank: int = 0
     size: int = 1
@@ -36,9 +36,13 @@ class World:
         """The one that writes."""
         return self.rank == 0
 
+    @property
+    def rows(self) -> slice:
+        """This process's share of a batch."""
+        return slice(self.rank, None, self.size)
+
     def share(self, x: Tensor) -> Tensor:
-        """This process's rows."""
-        return x[self.rank :: self.size]
+        return x[self.rows]
 
     def gather(self, x: Tensor) -> Tensor:
         """Everyone's rows, of which x is this process's share."""

@@ -27,7 +27,8 @@ from fastgen.models.discriminator import DualDiscriminator
 from fastgen.models.student import Student
 
 from .config import TrainConfig
-from .data import ImageDataset, Poses, RealStream, TargetStream
+from .data import Poses, RealStream, TargetStream
+from .dataset import ImageDataset
 from .distributed import World, world
 from .losses import discriminator_loss, generator_loss, make_perceptual, r1_penalty, reconstruction_terms
 from .metrics import psnr
@@ -83,7 +84,7 @@ def _distil(
     out = Path(config.out)
     saved = read_checkpoint(out / "resume.pt", config)
     _require_divisible(config, world)
-    dataset = None if config.reals == "teacher" else ImageDataset(config.reals)
+    dataset = None if config.reals == "teacher" else ImageDataset(config.reals, config.mirror)
     perceptual = make_perceptual(config.perceptual, config.perceptual_weights)
     if perceptual is not None:
         perceptual = perceptual.to(device)
@@ -162,7 +163,7 @@ def _distil(
         save_student(out / "student.safetensors", average, poses, teacher, config.teacher)
 
     quiet = contextlib.nullcontext()
-    with StopSignals() as stop, log or quiet, _progress(progress and world.is_first) as bar:
+    with StopSignals() as stop, log or quiet, reals, _progress(progress and world.is_first) as bar:
         task = bar.add_task("", total=config.steps, completed=step)
         while step < config.steps:
             started = time.perf_counter()

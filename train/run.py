@@ -31,6 +31,7 @@ _FREE_ON_RESUME = (
     "tensorboard",
     "timeout",
     "accumulate",
+    "workers",
 )
 
 

@@ -140,3 +140,25 @@ def test_orbit_is_closed_and_round_trips(name):
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_mirrored_cameras_have_mirrored_rays():
+    c = CameraDistribution(pivot=(0.1, 0, 0.2)).sample(5, torch.Generator().manual_seed(0))
+    c[:, 17], c[:, 18] = 0.1, 0.45  # skew, centre
+    mirrored = camera.mirror(c)
+    assert torch.equal(camera.mirror(mirrored)[:, :18], c[:, :18])
+    assert (torch.linalg.det(camera.split_label(mirrored)[0][:, :3, :3]) > 0).all()
+    # The ray of a pixel is the mirror image of the flipped image's.
+    for rays, of_mirrored in zip(camera.rays(c, 6), camera.rays(mirrored, 6), strict=True):
+        flipped = rays.unflatten(1, (6, 6)).flip(2).flatten(1, 2) * torch.tensor([-1.0, 1.0, 1.0])
+        torch.testing.assert_close(of_mirrored, flipped, rtol=0, atol=1e-6)
+
+
+def test_angles_are_those_of_look_at():
+    generator = torch.Generator().manual_seed(0)
+    azimuth = (torch.rand(50, generator=generator) - 0.25) * 2 * math.pi
+    polar, radius = (torch.rand(2, 50, generator=generator) * 2.9 + 0.1).unbind(0)
+    c = camera.label(camera.look_at(azimuth, polar, (0.1, 0, 0), radius), camera.intrinsics(focal=2.0))
+    for found, wanted in zip(camera.angles(c), (azimuth, polar, radius), strict=True):
+        # arccos and atan2 in float32.
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)

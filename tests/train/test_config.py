@@ -29,6 +29,8 @@ from fastgen.train.config import PRESETS, TrainConfig
         ("stage1_steps", -1),
         ("seed", 2**63),
         ("camera", "moon"),
+        ("workers", -1),
+        ("mirror", True),
     ],
 )
 def test_impossible_values_name_their_field(name, value):

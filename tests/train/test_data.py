@@ -1,15 +1,12 @@
-"""Targets, poses and real images: repeatable, and read from EG3D's layout."""
+"""Targets and their poses: repeatable."""
 
 import dataclasses
-import json
-import zipfile
 
 import pytest
 import torch
-from PIL import Image
 
 from fastgen.train.config import Phase
-from fastgen.train.data import ImageDataset, RealStream, TargetStream, generator_for, render_targets
+from fastgen.train.data import TargetStream, generator_for, render_targets
 
 CPU = torch.device("cpu")
 
@@ -105,102 +102,3 @@ def test_replay(teacher, config, monkeypatch):
     assert equal(late.batch(11), batches[11])
     recent = torch.cat([chunk(config.phase(11), i)["ws"] for i in (2, 3)])
     assert all((w == recent).flatten(1).all(dim=1).any() for w in batches[11]["ws"])
-
-
-def dataset(folder, n=3, side=16):
-    labels = []
-    for i in range(n):
-        name = f"0000{i % 2}/img{i}.png"
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (side, side), (255, 0, 51 * i)).save(folder / name)
-        labels.append([name, [float(i)] * 25])
-    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
-    return folder
-
-
-def zipped(folder, path):
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in folder.rglob("*"):
-            archive.write(file, file.relative_to(folder).as_posix())
-    return path
-
-
-@pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_dataset(tmp_path, kind):
-    path = dataset(tmp_path / "data")
-    data = ImageDataset(path if kind == "folder" else zipped(path, tmp_path / "data.zip"))
-    assert len(data) == 3 and data.resolution == 16
-    image, label = data[2]
-    expected = torch.tensor([1.0, -1.0, 102 / 127.5 - 1])
-    torch.testing.assert_close(image, expected[:, None, None].expand(3, 16, 16))
-    assert torch.equal(label, torch.full((25,), 2.0))
-    images, labels = data.batch(8, generator_for(0, "test"))
-    assert images.shape == (8, 3, 16, 16)
-    # Every image keeps its own label.
-    torch.testing.assert_close(images[:, 2, 0, 0], labels[:, 0] * 51 / 127.5 - 1)
-    assert data.sample(5, generator_for(0, "test")).shape == (5, 25)
-
-
-def test_real_images(tmp_path, config):
-    targets = {"image": torch.rand(2, 3, 16, 16), "image_raw": torch.rand(2, 3, 8, 8), "c": torch.rand(2, 25)}
-    real, c = RealStream(config, 8, None, CPU).batch(0, targets)
-    assert torch.equal(real["image"], targets["image"]) and torch.equal(c, targets["c"])
-    stream = RealStream(config, 8, ImageDataset(dataset(tmp_path / "data")), CPU)
-    real, c = stream.batch(0, targets)
-    assert real["image"].shape == (2, 3, 16, 16) and real["image_raw"].shape == (2, 3, 8, 8)
-    torch.testing.assert_close(real["image_raw"][:, 2, 0, 0], c[:, 0] * 51 / 127.5 - 1)
-    assert equal(stream.batch(0, targets)[0], real)
-
-
-def test_bad_datasets(tmp_path):
-    with pytest.raises(FileNotFoundError, match="reals: no such data set"):
-        ImageDataset(tmp_path / "nothing")
-    (tmp_path / "text").write_text("hello")
-    with pytest.raises(ValueError, match="neither a folder nor a zip file"):
-        ImageDataset(tmp_path / "text")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"has no dataset\.json"):
-        ImageDataset(tmp_path / "empty")
-    path = dataset(tmp_path / "data")
-    for content, message in [
-        ("{", "is not JSON"),
-        ("[1]", "has no labels"),
-        ('{"labels": {"a.png": 1}}', "has no labels"),
-        ('{"labels": [["a.png", null]]}', r"label of a\.png must have 25 numbers"),
-        ('{"labels": [["a.png", 7]]}', r"label of a\.png must have 25 numbers"),
-        (json.dumps({"labels": [["a.png", ["x"] * 25]]}), r"label of a\.png must have 25 numbers"),
-        (json.dumps({"labels": [["a.png", [float("nan")] * 25]]}), r"label of a\.png must have 25 numbers"),
-        ('{"labels": [3]}', "label of 3 must have 25 numbers"),
-        ('{"labels": null}', "has no labels"),
-        ('{"labels": [["a.png", [1, 2]]]}', r"label of a\.png must have 25 numbers"),
-        (json.dumps({"labels": [["a.txt", [0] * 25]]}), r"names no \.png"),
-    ]:
-        (path / "dataset.json").write_text(content)
-        with pytest.raises(ValueError, match=message):
-            ImageDataset(path)
-    (path / "dataset.json").write_text(json.dumps({"labels": [["gone.png", [0] * 25]]}))
-    with pytest.raises(FileNotFoundError, match=r"has no gone\.png"):
-        ImageDataset(path)
-
-
-def test_images_must_be_square_and_of_one_size(tmp_path):
-    path = dataset(tmp_path / "data")
-    last = path / "00000" / "img2.png"
-    for size in ((8, 8), (16, 12)):
-        Image.new("RGB", size).save(last)
-        message = f"00000/img0.png has 16 x 16 pixels, 00000/img2.png {size[0]} x {size[1]}"
-        with pytest.raises(ValueError, match=message):
-            ImageDataset(path)
-    last.write_text("hello")
-    with pytest.raises(ValueError, match=r"can't read the image 00000/img2\.png"):
-        ImageDataset(path)
-
-
-def test_damaged_zip(tmp_path):
-    archive = zipped(dataset(tmp_path / "data"), tmp_path / "data.zip")
-    content = bytearray(archive.read_bytes())
-    at = content.index(b'{"labels"')
-    content[at : at + 20] = bytes(20)
-    archive.write_bytes(content)
-    with pytest.raises(ValueError, match=r"reals: .*data\.zip is damaged"):
-        ImageDataset(archive)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,8 +17,10 @@ from PIL import Image
 from torch import nn
 
 import fastgen
+from fastgen.camera import mirror
 from fastgen.train import loop
 from fastgen.train.config import TrainConfig
+from fastgen.train.dataset import write_zip
 from fastgen.train.loop import distil
 
 
@@ -197,6 +200,26 @@ def test_real_images_and_their_poses(teacher, config, tmp_path, monkeypatch):
         Image.open(path).resize((64, 64)).save(path)
     with pytest.raises(ValueError, match="has images of 64 pixels, the teacher makes 128"):
         distil(dataclasses.replace(config, out=str(tmp_path / "other")), teacher)
+
+
+def test_mirrored_reals_by_workers_resume_as_if_read_by_one(teacher, config, tmp_path, monkeypatch):
+    pixels = torch.randint(256, (4, 128, 128, 3), dtype=torch.uint8).numpy()
+    path = write_zip(tmp_path / "reals.zip", zip(pixels, teacher.camera.sample(4).tolist(), strict=True))
+    config = dataclasses.replace(config, reals=str(path), mirror=True, stage1_steps=1, stage2_steps=5)
+    whole = distil(config, teacher, progress=False)
+    config = dataclasses.replace(config, out=str(tmp_path / "interrupted"), workers=2)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        assert distil(config, teacher, progress=False).step == 4
+    assert not multiprocessing.active_children()
+    resumed = distil(dataclasses.replace(config, resume=True, workers=1), teacher, progress=False)
+    assert stats(config.out) == stats(whole.out)
+    for name, p in whole.student.state_dict().items():
+        assert torch.equal(p, resumed.student.state_dict()[name]), name
+    # Render poses come from the mirrored labels, too.
+    assert torch.equal(resumed.poses.labels[4:], mirror(resumed.poses.labels[:4]))
+    with pytest.raises(ValueError, match="resume: mirror was True"):
+        distil(dataclasses.replace(config, resume=True, mirror=False), teacher)
 
 
 def test_resume_refuses(teacher, config):
