@@ -82,10 +82,12 @@ bench: $(STAMP)
 gpu:
 	$(HERE) benchmarks/gpu.py --out "$(OUT)/gpu" $(foreach step,$(STEP),--step $(step)) $(if $(DRY_RUN),--dry-run)
 
-# Random calls of the ops, many of them; then tensors beyond 2^31 elements, for which 14 GB of memory must be free.
+# Random calls of the ops, many of them; tensors beyond 2^31 elements, for which 14 GB of memory must be free; a
+# run that is killed 20 times.
 fuzz: $(STAMP)
 	FASTGEN_FUZZ=2000 $(BIN)/python -m pytest tests/ops/test_fuzz.py
 	FASTGEN_BIG=1 $(BIN)/python -m pytest tests/ops/test_robust.py
+	FASTGEN_KILLS=20 $(BIN)/python -m pytest tests/train/test_distributed.py -k killed_at
 
 # The ops' tests on a copy of the package whose CPU library checks addresses and undefined behaviour (GCC).
 sanitize: $(STAMP)

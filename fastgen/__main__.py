@@ -276,9 +276,11 @@ class Train(TrainConfig):
         if self.teacher != "toy" and not Path(self.teacher).is_file():
             raise FileNotFoundError(f"{self.teacher}: no such checkpoint file")
         run = distil(TrainConfig(**_values(self, TrainConfig)))
-        print(f"{run.out / 'student.safetensors'}: step {run.step} of {self.steps}")
+        if run.is_first:
+            print(f"{run.out / 'student.safetensors'}: step {run.step} of {self.steps}")
         if run.interrupted:
-            print("stopped early; --resume goes on from here", file=sys.stderr)
+            if run.is_first:
+                print("stopped early; --resume goes on from here", file=sys.stderr)
             sys.exit(130)
 
 

@@ -39,6 +39,8 @@ def _write(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
     umask = os.umask(0o022)
     os.umask(umask)
     partial.chmod(0o666 & ~umask)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())  # or after a crash of the machine the name may stand for nothing
     os.replace(partial, path)
 
 

@@ -29,7 +29,7 @@ from fastgen.models.student import Student
 from .config import TrainConfig
 from .data import Poses, RealStream, TargetStream
 from .dataset import ImageDataset
-from .distributed import World, world
+from .distributed import LostProcess, World, world  # noqa: F401
 from .losses import discriminator_loss, generator_loss, make_perceptual, r1_penalty, reconstruction_terms
 from .metrics import psnr
 from .run import Grid, Log, StopSignals, read_checkpoint, set_random_state, write_checkpoint
@@ -50,6 +50,8 @@ class Run:
     """Steps done."""
     interrupted: bool
     """Stopped by Ctrl-C, SIGTERM or the deadline, after saving."""
+    is_first: bool = True
+    """Of several processes the one that writes."""
 
 
 def distil(
@@ -265,7 +267,7 @@ def _distil(
             bar.update(task, completed=step)
         if saved_step != step or not (out / "student.safetensors").exists():
             save()
-    return Run(average, config, teacher, poses, out, step, interrupted=step < config.steps)
+    return Run(average, config, teacher, poses, out, step, step < config.steps, world.is_first)
 
 
 def _require_divisible(config: TrainConfig, world: World):
