@@ -269,12 +269,21 @@ class Train(TrainConfig):
     preset: Literal[("auto", "paper", *PRESETS)] = "auto"
     """Where the other options' defaults come from, --help shows them; 'auto': 'toy' for the toy teacher, else
     'paper'. With --resume they come from the run itself instead."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the resolved options, the networks' sizes, and what a step takes here, and train nothing."""
+    watch: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Show how the run in this folder is going, on one screen, and train nothing."""
 
     def run(self):
         from .train.loop import distil
+        from .train.watch import dry_run, watch
 
+        if self.watch is not None:
+            return watch(self.watch)
         if self.teacher != "toy" and not Path(self.teacher).is_file():
             raise FileNotFoundError(f"{self.teacher}: no such checkpoint file")
+        if self.dry_run:
+            return print(dry_run(TrainConfig(**_values(self, TrainConfig))))
         run = distil(TrainConfig(**_values(self, TrainConfig)))
         if run.is_first:
             print(f"{run.out / 'student.safetensors'}: step {run.step} of {self.steps}")

@@ -563,3 +563,33 @@ def test_debug_shows_the_traceback(files, monkeypatch):
     monkeypatch.setenv("FASTGEN_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
         main(["convert", "no.pkl", str(files["a.txt"].with_suffix(".safetensors"))])
+
+
+def test_train_dry_run_and_watch(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    small = [
+        "train",
+        "--teacher",
+        str(files["teacher.safetensors"]),
+        "--perceptual",
+        "none",
+        "--student",
+        "toy",
+    ]
+    small += ["--batch-size", "2", "--stage1-steps", "3", "--stage2-steps", "2", "--log-every", "1"]
+    small += ["--grid-every", "0", "--no-tensorboard", "--discriminator-channels", "128", "--out", str(out)]
+    assert main([*small, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert '"batch_size": 2,' in said and not out.exists()
+    for words in ("student: ", "teacher: ", "stage 1: ", "stage 2: ", " s a step of 2 images", "most memory"):
+        assert words in said, words
+    assert main(["train", "--watch", str(out)]) == 2
+    assert capsys.readouterr().err == f"fastgen train: watch: {out} holds no run\n"
+    assert main(small) == 0
+    capsys.readouterr()
+    with (out / "stats.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # as a reader may find it
+    assert main(["train", "--watch", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "step 5 of 5 (100 %), reconstruction + adversarial; " in " ".join(said.split())
+    assert "raw psnr db" in said and "discriminator" in said and "checkpoint: 0 min" in said

@@ -1,0 +1,141 @@
+"""What a run would do, before it does, and how it is going: `fastgen train --dry-run` and `--watch DIR`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from .config import TrainConfig
+from .loop import distil
+
+
+def dry_run(config: TrainConfig) -> str:
+    """The resolved configuration, what the networks hold, and what a step of each stage takes here.
+
+    Does two steps of each stage with whole feature maps, in a folder of its own; the second one is timed.
+    """
+    stages = {
+        "stage 1": config.stage1_steps > sum(p[1] for p in config.growth),
+        "stage 2": config.stage2_steps > 0,
+    }
+    steps = {name: 2 * there for name, there in stages.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        short = dataclasses.replace(
+            config,
+            out=folder,
+            growth=(),
+            stage1_steps=steps["stage 1"],
+            stage2_steps=steps["stage 2"],
+            hr_interval=1,
+            log_every=1,
+            grid_every=0,
+            checkpoint_every=0,
+            tensorboard=False,
+            resume=False,
+        )
+        run = distil(short, progress=False)
+        lines = [json.loads(line) for line in (Path(folder) / "stats.jsonl").read_text().splitlines()]
+    parts = {"student": run.student, "teacher": run.teacher}
+    text = [json.dumps(dataclasses.asdict(config), indent=2), ""]
+    text += [
+        f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters" for name, part in parts.items()
+    ]
+    trained = sum(p.numel() for p in run.student.parameters() if p.requires_grad)
+    text.append(
+        f"trained: {trained:,} of the student's; with gradients, Adam and average {20 * trained >> 20} MiB"
+    )
+    done = 0
+    for name, count in steps.items():
+        if count:
+            seconds = lines[done + count - 1]["seconds_per_step"]
+            every = config.batch_size / seconds
+            text.append(f"{name}: {seconds:.2f} s a step of {config.batch_size} images, {every:.1f} images/s")
+        done += count
+    text.append(f"most memory in these steps: {_peak() >> 20} MiB")
+    return "\n".join(text)
+
+
+def _peak() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes << (0 if sys.platform == "darwin" else 10)
+
+
+def summary(out: Path) -> Group:
+    """One screen of a run's folder.
+
+    Raises: FileNotFoundError where there is no run.
+    """
+    config, lines = _read(out)
+    if not lines:
+        return Group(Text(f"{out}: no step logged yet, of {config.steps}"))
+    last = lines[-1]
+    step = last["step"]
+    recent = [line for line in lines if "loss" in line][-50:]
+    seconds = median(line["seconds_per_step"] for line in recent)
+    left = (config.steps - step) * seconds
+    stage = "reconstruction + adversarial" if recent[-1]["adversarial_weight"] else "reconstruction"
+    phase = config.phase(step - 1)
+    head = (
+        f"{out}: step {step} of {config.steps} ({100 * step / config.steps:.0f} %), {stage}; "
+        f"{phase.batch_size / seconds:.1f} images/s, {_duration(left)} left"
+    )
+    table = Table("", "now", "mean of the last 50", "mean of the first 50", box=None)
+    first = [line for line in lines if "loss" in line][:50]
+    # "seconds_per_step" and such are in the line above.
+    for name in recent[-1]:
+        if name in ("step", "images", "adversarial_weight", "learning_rate", "seconds_per_step"):
+            continue
+        means = [[line[name] for line in part if name in line] for part in (recent, first)]
+        shown = [f"{sum(part) / len(part):.4g}" if part else "" for part in means]
+        table.add_row(name.replace("_", " "), f"{recent[-1][name]:.4g}", *shown)
+    held = [line for line in lines if "heldout_psnr_db" in line]
+    tail = [f"held out: {held[-1]['heldout_psnr_db']:.2f} dB at step {held[-1]['step']}"] if held else []
+    if (kept := out / "resume.pt").exists():
+        tail.append(f"checkpoint: {_duration(time.time() - kept.stat().st_mtime)} old")
+    return Group(Text(head), table, Text("; ".join(tail)))
+
+
+def watch(out: Path) -> None:
+    """Show the summary; on a terminal anew every two seconds, until the run is done or Ctrl-C."""
+    console = Console()
+    if not console.is_terminal:
+        return console.print(summary(out))
+    with Live(summary(out), console=console, auto_refresh=False) as live:
+        while not _is_done(out):
+            time.sleep(2)
+            live.update(summary(out), refresh=True)
+    return None
+
+
+def _read(out: Path) -> tuple[TrainConfig, list[dict]]:
+    if not (out / "config.json").is_file():
+        raise FileNotFoundError(f"watch: {out} holds no run")
+    text = (out / "stats.jsonl").read_text() if (out / "stats.jsonl").is_file() else ""
+    # The last line may be half written.
+    return TrainConfig.load(out / "config.json"), [
+        json.loads(x) for x in text.splitlines(True) if x[-1] == "\n"
+    ]
+
+
+def _is_done(out: Path) -> bool:
+    config, lines = _read(out)
+    return bool(lines) and lines[-1]["step"] >= config.steps
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {int(seconds) % 60:02} s"
