@@ -54,15 +54,15 @@ wheel: $(STAMP)
 	$(BIN)/python -m fastgen.kernels.sass dist/*.whl
 	test $$(stat -c %s dist/*.whl) -lt 25000000
 
-# In new environments, in a folder whose name has a space: the tests of the ops on the CPU, with the oldest and
+# In new environments: the tests of the ops on the CPU, with the oldest and
 # the newest torch; test-matrix: those of models and of fastgen.compat too.
 PYTHONS := python3.10 python3.13
 TESTED := tests/ops -k cpu
 test-wheel:
-	rm -rf "build/the wheel"
-	mkdir -p "build/the wheel"
-	cp -r tests pyproject.toml "build/the wheel"
-	cd "build/the wheel" && set -e; for python in $(PYTHONS); do for torch in "torch==2.11.*" torch; do \
+	rm -rf "build/wheel-test"
+	mkdir -p "build/wheel-test"
+	cp -r tests pyproject.toml "build/wheel-test"
+	cd "build/wheel-test" && set -e; for python in $(PYTHONS); do for torch in "torch==2.11.*" torch; do \
 	  $$python -m venv --clear env; env/bin/python -m pip install -q "$$torch" $(CURDIR)/dist/*.whl pytest hypothesis scipy onnx onnxruntime; \
 	  env/bin/python -c "import torch, fastgen; print(torch.__version__, fastgen.__file__)"; \
 	  env/bin/python -m pytest $(TESTED); done; done
