@@ -68,13 +68,13 @@ def flop(name: str, function) -> int:
     return _flop[name]
 
 
-@pytest.mark.parametrize("route", [*ROUTES, *GRAPHED, *EXPORTED])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model", ["teacher", *STUDENTS])
+IMAGES = [(m, d, r) for m in ("teacher", *STUDENTS) for d in DTYPES for r in (*ROUTES, *GRAPHED)]
+IMAGES += [(model, "float32", route) for model in STUDENTS for route in EXPORTED]
+
+
+@pytest.mark.parametrize("model, dtype, route", IMAGES)
 @torch.no_grad()
 def test_image(measure, model, dtype, route):
-    if route in EXPORTED and (model not in STUDENTS or dtype != "float32"):
-        pytest.skip("only students are exported, and timed in float32")
     generator, label = models("ffhq512")
     if model in STUDENTS:
         generator = Student.from_teacher(generator, STUDENTS[model]).to(DEVICE).eval().requires_grad_(False)
