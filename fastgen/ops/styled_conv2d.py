@@ -138,10 +138,11 @@ def _setup_context_dw(ctx, inputs, output):
 
 
 def _backward_dw(ctx, ddw):
-    def first(*tensors):
-        return (styled_conv2d_dw_reference(*tensors, *ctx.args),)
-
-    return *differentiate(first, ctx.saved_tensors, [ddw]), None, None, None
+    """sum(ddw dw) is sum(dy styled_conv2d(x, ddw, s)), so its gradients are that convolution's."""
+    dy, x, s = ctx.saved_tensors
+    _, *args = ctx.args
+    dx, ds = _styled_conv2d_bwd(dy, x, ddw, s, *args)
+    return styled_conv2d(x, ddw, s, *args), dx, None if s is None else ds, None, None, None
 
 
 styled_conv2d = define(
