@@ -20,16 +20,20 @@ def named(*functions: Callable) -> dict[str, Callable]:
     return {function.__name__: function for function in functions}
 
 
-def accepting(function: Callable, name: str, values: tuple, module: str) -> Callable:
-    """The function as one of `module`, with one more argument, of these values, that changes nothing."""
+def accepting(function: Callable, name: str, values: tuple | None, module: str) -> Callable:
+    """The function as one of `module`, with one more argument that changes nothing.
+
+    values: what it may be, its default first; None: anything.
+    """
+    default = values[0] if values else None
     signature = inspect.signature(function)
-    last = inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=values[0])
+    last = inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
     count = len(signature.parameters)
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        value = args[count] if len(args) == count + 1 else kwargs.pop(name, values[0])
-        if value not in values:
+        value = args[count] if len(args) == count + 1 else kwargs.pop(name, default)
+        if values and value not in values:
             wanted = " or ".join(map(repr, values))
             raise ValueError(f"{function.__name__}: {name} must be {wanted}, got {value!r}")
         return function(*args[:count], **kwargs)

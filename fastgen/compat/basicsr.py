@@ -5,10 +5,10 @@ copies take besides, a device, is not needed.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import rosinality
-from ._shared import named
+from ._shared import accepting, named
 from .rosinality import fused, upfirdn2d_op
 
 PREFIXES = ("basicsr.ops", "face_model.op")
@@ -27,29 +27,10 @@ class FusedLeakyReLU(nn.Module):
         return fused_leaky_relu(input, self.bias, self.negative_slope, self.scale)
 
 
-def fused_leaky_relu(
-    input: Tensor,  # [N, C, ...]
-    bias: Tensor,  # [C]
-    negative_slope: float = 0.2,
-    scale: float = 2**0.5,
-    device=None,
-) -> Tensor:
-    """leaky_relu(input + bias) * scale."""
-    return rosinality.fused_leaky_relu(input, bias, negative_slope, scale)
-
-
-def upfirdn2d(
-    input: Tensor,  # [N, C, H, W]
-    kernel: Tensor,  # [kh, kw]
-    up=1,  # or (x, y)
-    down=1,  # or (x, y)
-    pad=(0, 0),  # (before, after) on both axes, or (x0, x1, y0, y1)
-    device=None,
-) -> Tensor:
-    """Upsample, pad, convolve with the kernel, downsample."""
-    return rosinality.upfirdn2d(input, kernel, up, down, pad)
-
-
+fused_leaky_relu, upfirdn2d = (
+    accepting(function, "device", None, __name__)
+    for function in (rosinality.fused_leaky_relu, rosinality.upfirdn2d)
+)
 MODULES = {
     "fused_act": named(FusedLeakyReLU, fused_leaky_relu) | {"fused_act_ext": fused, "fused": fused},
     "upfirdn2d": named(upfirdn2d) | {"upfirdn2d_ext": upfirdn2d_op, "upfirdn2d_op": upfirdn2d_op},
