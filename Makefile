@@ -68,7 +68,7 @@ test-wheel:
 	  env/bin/python -m pytest $(TESTED); done; done
 
 test-matrix:
-	$(MAKE) test-wheel TESTED="tests/ops tests/models tests/test_compat.py tests/test_export.py -k 'not reference'"
+	$(MAKE) test-wheel TESTED="tests/ops tests/models tests/compat tests/test_export.py -k 'not reference'"
 
 bench: $(STAMP)
 	mkdir -p "$(OUT)"
