@@ -21,7 +21,7 @@ import tyro
 
 import fastgen
 from fastgen._backends import BackendError
-from fastgen._text import complain, table
+from fastgen._text import complain, one_line, table
 from fastgen.train.config import PRESETS, TrainConfig
 from fastgen.train.data_cli import Data
 
@@ -436,24 +436,7 @@ def _parse(argv: list[str]):
     except SystemExit as end:
         if not end.code:
             raise
-        sys.exit(_complain(argv, _one_line(said.getvalue())))
-
-
-def _one_line(box: str) -> str:
-    """What tyro says in a box, without the box, the hints on help, and class names."""
-    title, *lines = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯]", "", box).splitlines()
-    # Where the output isn't UTF-8, the box has no sides, and a rule under its title.
-    lines = [line.replace("│", " ").rstrip()[2:] for line in lines]
-    lines = lines[not lines[0].strip("-") :]
-    rule = next((i for i, line in enumerate(lines) if line and not line.strip("─-")), len(lines))
-    what, more = " ".join(line.strip() for line in lines[:rule]), lines[rule:]
-    # Options are indented, and their descriptions more so.
-    if "Required options" in title:
-        what = "missing " + ", ".join(line.split()[0] for line in lines[:rule] if re.match(r" {4}\S", line))
-    meant = [line.split()[0] for line in more if line.startswith("    --") and "meant" in box]
-    what = re.sub(r"^Error parsing ([A-Z][a-z]\w*|action): (TrainConfig: )?", "", what)
-    what += f"; perhaps you meant {' or '.join(dict.fromkeys(meant))}" if meant else ""
-    return what + "".join(f". {line}" for line in more if line.startswith("Available"))
+        sys.exit(_complain(argv, one_line(said.getvalue())))
 
 
 def _complain(argv: list[str], message: str, code: int = 2) -> int:
