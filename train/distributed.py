@@ -81,7 +81,7 @@ class World:
 
 
 @contextlib.contextmanager
-def world(device: torch.device, timeout: float) -> Iterator[tuple[World, torch.device]]:
+def start(device: torch.device, timeout: float) -> Iterator[tuple[World, torch.device]]:
     """The processes that the environment names, and this one's device, for as long as the run lasts.
 
     Of RANK and WORLD_SIZE (torchrun), or SLURM_PROCID and SLURM_NTASKS, with MASTER_ADDR and MASTER_PORT.

@@ -29,7 +29,7 @@ from fastgen.models.student import Student
 from .config import TrainConfig
 from .data import Poses, RealStream, TargetStream
 from .dataset import ImageDataset
-from .distributed import LostProcess, World, world  # noqa: F401
+from .distributed import World, start
 from .losses import discriminator_loss, generator_loss, make_perceptual, r1_penalty, reconstruction_terms
 from .metrics import psnr
 from .run import Grid, Log, StopSignals, read_checkpoint, set_random_state, write_checkpoint
@@ -70,8 +70,8 @@ def distil(
       FloatingPointError naming the term and step on a loss or gradient that is not finite, after saving the
       state before that step.
     """
-    with world(find_device(config.device), config.timeout) as (processes, device):
-        return _distil(config, teacher, progress, deadline, stage2_by, processes, device)
+    with start(find_device(config.device), config.timeout) as (world, device):
+        return _distil(config, teacher, progress, deadline, stage2_by, world, device)
 
 
 def _distil(
@@ -185,6 +185,7 @@ def _distil(
                 group["lr"] = config.learning_rate(step) * group["scale"]
                 group["betas"] = config.betas_adversarial if adversarial else config.betas
             phase = config.phase(step)
+            logs = (step + 1) % config.log_every == 0 or step + 1 == config.steps
             target = targets.batch(step)
             real = reals.batch(step, target) if adversarial else None
             student_optimiser.zero_grad(set_to_none=True)
@@ -211,9 +212,9 @@ def _distil(
                 (loss / config.accumulate).backward()
                 terms["loss"] = loss
                 fake = {name: image.detach() for name, image in fake.items()}
-                terms["raw_psnr_db"] = psnr(fake["image_raw"], wanted["image_raw"]).mean()
-                if "image" in fake:
-                    terms["psnr_db"] = psnr(fake["image"], wanted["image"]).mean()
+                for name, image in (("raw_psnr_db", "image_raw"), ("psnr_db", "image")):
+                    if logs and image in fake:
+                        terms[name] = psnr(fake[image], wanted[image]).mean()
 
                 # Discriminator.
                 if adversarial:
@@ -248,7 +249,7 @@ def _distil(
             _update_average(average, student, config, images, phase.batch_size)
 
             step += 1
-            if step % config.log_every == 0 or step == config.steps:
+            if logs:
                 values |= {
                     "adversarial_weight": adversarial,
                     "learning_rate": config.learning_rate(step - 1),

@@ -24,7 +24,8 @@ from .loop import distil
 def dry_run(config: TrainConfig) -> str:
     """The resolved configuration, what the networks hold, and what a step of each stage takes here.
 
-    Does two steps of each stage with whole feature maps, in a folder of its own; the second one is timed.
+    Does two steps of each stage with whole feature maps and the final image's terms, in a folder of its own;
+    the second one is timed.
     """
     stages = {
         "stage 1": config.stage1_steps > sum(p[1] for p in config.growth),

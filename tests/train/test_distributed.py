@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 RUN = (
     "import sys\n"
     "from fastgen.train.config import TrainConfig\n"
-    "from fastgen.train.loop import LostProcess, distil\n"
+    "from fastgen.train.distributed import LostProcess\n"
+    "from fastgen.train.loop import distil\n"
     "try:\n    distil(TrainConfig.load(sys.argv[1]), progress=False)\n"
     "except LostProcess as error:\n    sys.exit(str(error))\n"
 )
