@@ -76,6 +76,9 @@ class TargetStream:
         self.teacher, self.poses, self.config, self.device, self.world = teacher, poses, config, device, world
         self._kept: deque[tuple[int, dict[str, Tensor]]] = deque()
         self._kept_phase: Phase | None = None
+        # On a GPU the teacher works beside the student, a step ahead, on a stream of its own.
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: tuple[TrainConfig, int, dict[str, Tensor]] | None = None
 
     def chunk(self, phase: Phase, index: int) -> dict[str, Tensor]:
         """Render the share of the targets number `index` of a phase: one batch, poses_per_latent poses of
@@ -93,17 +96,40 @@ class TargetStream:
         with torch.no_grad():
             ws = self.teacher.mapping(z.to(self.device), conditioning.to(self.device))
         resolution = phase.resolution or config.neural_rendering_resolution
-        target = render_targets(
-            self.teacher, ws, c.flatten(0, 1).to(self.device), resolution, final=phase.resolution is None
-        )
-        del target["image_depth"]
+        with config.autocast(self.device):
+            target = render_targets(
+                self.teacher, ws, c.flatten(0, 1).to(self.device), resolution, final=phase.resolution is None
+            )
+        if not config.lambda_consistency:
+            del target["image_depth"]
+        target = {name: t.float() for name, t in target.items()}
         if poses > 1:
             rows = {name: t.unflatten(0, (-1, poses)) for name, t in target.items()}
             target = {name: t.transpose(0, 1).flatten(0, 1) for name, t in rows.items()}
         return target
 
+    def prefetch(self, step: int):
+        """On a GPU, begin with the targets of a step, which batch(step) then hands out."""
+        if self._side is not None:
+            # Weights and stock may still be on their way.
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._side):
+                self._ahead = self.config, step, self._batch(step)
+
     def batch(self, step: int) -> dict[str, Tensor]:
         """The targets of a step: ws, c, feature_image, image_raw, and image but in a small phase."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return self._batch(step)
+        now = torch.cuda.current_stream(self.device)
+        now.wait_stream(self._side)
+        if ahead[:2] != (self.config, step):
+            return self._batch(step)  # stage 1 has been cut short
+        for tensor in ahead[2].values():
+            tensor.record_stream(now)
+        return ahead[2]
+
+    def _batch(self, step: int) -> dict[str, Tensor]:
         phase = self.config.phase(step)
         step -= phase.first_step
         if not self.config.replay:
@@ -121,13 +147,26 @@ class TargetStream:
             kept = {name: t.half() if name in ("feature_image", "image") else t for name, t in chunk.items()}
             # All of it on each: a batch is drawn across all.
             self._kept.append((index, {name: self.world.gather(t) for name, t in kept.items()}))
-        random = generator_for(self.config.seed, f"replay {phase.first_step}", step)
-        order = torch.randperm(len(self._kept) * phase.batch_size, generator=random)[: phase.batch_size]
-        picks = [divmod(i, phase.batch_size) for i in self.world.share(order).tolist()]
+        picks = self._picks(phase, generator_for(self.config.seed, f"replay {phase.first_step}", step))
         names = self._kept[0][1]
         batch = {name: torch.stack([self._kept[i][1][name][j] for i, j in picks]).float() for name in names}
         batch["image_raw"] = batch["feature_image"][:, :3]
         return batch
+
+    def _picks(self, phase: Phase, random: torch.Generator) -> list[tuple[int, int]]:
+        """This process's share of a batch from the stock: numbers of chunks, and rows in them."""
+        views, batch = self.config.views, phase.batch_size
+        if views == 1:
+            order = torch.randperm(len(self._kept) * batch, generator=random)[:batch]
+            return [divmod(i, batch) for i in self.world.share(order).tolist()]
+        # Latents, and so many poses of each; a chunk has one pose of all its latents after the other.
+        poses = self.config.poses_per_latent
+        latents = batch // poses
+        order = torch.randint(len(self._kept) * latents, (batch // views,), generator=random)
+        seen = torch.rand(batch // views, poses, generator=random).argsort(1)[:, :views]
+        order, seen = self.world.share(order).tolist(), self.world.share(seen).T.tolist()
+        pairs = [zip(order, of_pose, strict=True) for of_pose in seen]
+        return [(i // latents, pose * latents + i % latents) for pair in pairs for i, pose in pair]
 
 
 class RealStream:

@@ -59,6 +59,7 @@ def run(
         # Odd, or it would never meet the steps that have a final image, every hr_interval-th.
         log_every=3,
         grid_every=100,
+        orbit_every=0,
         checkpoint_every=0,
         tensorboard=False,
     )
@@ -154,6 +155,7 @@ def _affordable(config: TrainConfig, teacher: nn.Module, end: float) -> tuple[fl
         stage2_steps=tried,
         log_every=1,
         grid_every=0,
+        orbit_every=0,
     )
     with tempfile.TemporaryDirectory() as folder:
         # A machine that needs a fifth of its time for a trial can't afford more than the least.
@@ -222,21 +224,11 @@ def _side_by_side(path: Path, student: nn.Module, teacher: nn.Module, name: str)
     pictures.save_png(path, pictures.sheet(rows, labels, captions, title))
 
 
-@torch.inference_mode()
 def _film(path: Path, student: nn.Module, teacher: nn.Module, frames: int):
     """Teacher left, student right, one row for each of some latents, on a closed tour."""
     poses = teacher.camera.orbit(frames).to(next(teacher.parameters()).device)
-    tracks = [
-        pictures.views(model, w, poses) for w in _styles(teacher, FILMED) for model in (teacher, student)
-    ]
-    labels = [f"seed {seed}" for seed in SEEDS[:FILMED]]
-
-    def draw():
-        for views in pictures.progress(zip(*tracks, strict=True), frames, "film"):
-            rows = [views[i : i + 2] for i in range(0, len(views), 2)]
-            yield pictures.sheet(rows, labels, [["teacher", "student"]], scale=2)
-
-    pictures.save_mp4(path, draw())
+    styles = {f"seed {seed}": w for seed, w in zip(SEEDS, _styles(teacher, FILMED), strict=False)}
+    pictures.save_orbit(path, {"teacher": teacher, "student": student}, styles, poses)
 
 
 def _curves(path: Path, stats: Path, config: TrainConfig):

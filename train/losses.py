@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .metrics import warp_by_depth
+
 # torchvision.models.vgg16().features: index of every convolution, and where lpips cuts it in slices.
 _VGG_SLICES = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}
 
@@ -102,6 +104,19 @@ def reconstruction_terms(
         if perceptual is not None:
             terms["hr_perceptual"] = perceptual(student["image"], target["image"])
     return terms
+
+
+def consistency(
+    raw: Tensor,  # [V*L, 3, h, w]  the student's, one pose of L latents after the other
+    depth: Tensor,  # [V*L, 1, h, w]  the teacher's
+    c: Tensor,  # [V*L, 25]
+    views: int,
+) -> Tensor:
+    """Mean squared difference between each image, warped to the next pose of its latent by the teacher's
+    depth, and the image of that pose, where both see the surface."""
+    raw_b, depth_b, c_b = (x.unflatten(0, (views, -1)).roll(-1, 0).flatten(0, 1) for x in (raw, depth, c))
+    warped, visible = warp_by_depth(raw, depth, depth_b, c, c_b)
+    return ((warped - raw_b).square() * visible).sum() / (3 * visible.sum()).clamp(min=1)
 
 
 def generator_loss(logits_fake: Tensor) -> Tensor:
