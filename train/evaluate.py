@@ -83,30 +83,30 @@ def run(
 def rows(m: dict) -> list[list[str]]:
     """What `metrics.evaluate` has measured, as a table's rows: what, the teacher's own, the student's."""
 
-    def number(name: str, digits: int) -> str:
-        return "-" if m[name] is None else f"{m[name]:.{digits}f}"
+    def number(name: str, form: str) -> str:
+        return "-" if m[name] is None else format(m[name], form)
 
-    def both(what: str, name: str, digits: int) -> list[str]:
-        teacher, student = (name.format(who) for who in ("teacher", "student"))
-        return [what, number(teacher, digits), number(student, digits)]
+    def both(what: str, name: str, form: str) -> list[str]:
+        return [what, *(number(f"{name}_{who}", form) for who in ("teacher", "student"))]
 
     found = [
-        ["PSNR to the teacher, dB", "", number("psnr_db", 2)],
-        ["SSIM to the teacher", "", number("ssim", 3)],
+        ["PSNR to the teacher, dB", "", number("psnr_db", ".2f")],
+        ["SSIM to the teacher", "", number("ssim", ".3f")],
     ]
     if m["perceptual_name"] != "none":
         by = m["perceptual_name"]
-        found.append([f"Perceptual distance to the teacher, by {by}", "", number("perceptual", 4)])
-    found.append(both("Reprojection consistency, PSNR in dB", "reprojection_psnr_{}_db", 2))
+        found.append([f"Perceptual distance to the teacher, by {by}", "", number("perceptual", ".4f")])
+    dbs = (number(f"reprojection_psnr_{who}_db", ".2f") for who in ("teacher", "student"))
+    found.append(["Reprojection consistency, PSNR in dB", *dbs])
     if m["identity_name"] != "none":
         what = f"Identity at two poses, cosine of {m['identity_name']}"
-        found.append(both(what, "identity_{}", 4))
-        found.append(["The same cosine of different latents", number("identity_others", 4), ""])
+        found.append(both(what, "identity", ".3f"))
+        found.append(["The same cosine of different latents", number("identity_others", ".3f"), ""])
     if m["pose_degrees_teacher"] is not None:
-        found.append(both("Pose, mean error in degrees", "pose_degrees_{}", 2))
+        found.append(both("Pose, mean error in degrees", "pose_degrees", ".2f"))
     if m["features_name"] != "none":
-        for name, digits in (("FID", 2), ("KID", 5)):
-            found.append(both(f"{name} by {m['features_name']}", name.lower() + "_{}", digits))
+        for name in ("FID", "KID"):
+            found.append(both(f"{name} by {m['features_name']}", name.lower(), ".4g"))
     return found
 
 

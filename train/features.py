@@ -89,14 +89,18 @@ class _Inception(nn.Module):
 
 
 class Pooled(nn.Module):
-    """The features of a perceptual distance, averaged over the image: bytes [N, 3, H, W] -> [N, 1472]."""
+    """The features of a perceptual distance, averaged over the image: bytes [N, 3, H, W] -> [N, 1472].
+
+    They are those of a ReLU, so that all have one direction but for little: `evaluate` centres them.
+    """
+
+    centred = True
 
     def __init__(self, perceptual: Perceptual):
         super().__init__()
         self.perceptual = perceptual
-        self.name = f"pooled {'VGG16' if perceptual.trained else 'random VGG16'} features"
+        self.name = f"centred, pooled {'' if perceptual.trained else 'random '}VGG16 features"
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.cat(
-            [f.mean(dim=(2, 3)) for f in self.perceptual.features(images.float() / 127.5 - 1)], 1
-        )
+        maps = self.perceptual.features(images.float() / 127.5 - 1)
+        return torch.cat([x.mean(dim=(2, 3)) for x in maps], dim=1)
