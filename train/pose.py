@@ -1,6 +1,6 @@
 """Which way a camera looks, told from its image: a small network, to measure poses with.
 
-    python -m fastgen.train.pose --out pose.safetensors --minutes 8
+    python -m fastgen.train.pose --out pose.safetensors
 
 trains one on the images of a teacher, the toy unless --teacher names another; that of the toy is shipped. It
 learns from a growing stock of images, and from their mirror images, colours and sharpness varied, so that an
@@ -111,10 +111,12 @@ class PoseConfig:
 
     out: Path
     """The .safetensors file to write."""
-    minutes: float = 8.0
+    minutes: float = 14.0
     """Wall time, half of it for images of the teacher."""
     teacher: str = "toy"
     """'toy', or a teacher's .safetensors or .pkl, which says where its cameras stand."""
+    held_out: int = 512
+    """Images that it is tested on."""
     device: str = "auto"
     """'auto' (a GPU if there is one), 'cpu', 'cuda', ..."""
 
@@ -157,7 +159,7 @@ def train(config: PoseConfig) -> PoseNet:
             )
     net.save(config.out)
     net = load(config.out).to(device)
-    error = held_out_errors(net, teacher, teacher.camera)
+    error = held_out_errors(net, teacher, teacher.camera, config.held_out)
     print(
         f"{config.out}: {step} steps, {len(stock)} images; degrees on {len(error)} others: mean "
         f"{error.mean():.2f}, median {error.median():.2f}, 95 % below {error.quantile(0.95):.2f}"
