@@ -50,8 +50,9 @@ class Features(nn.Module):
                     state = torch.load(path, map_location="cpu", weights_only=True)
                     self.net, self.name = _Inception(state), "torchvision's Inception v3"
         except Exception as error:  # some of many lines, some that advise to load it all the same
-            kinds = "TorchScript, an exported program or torchvision's inception_v3 state_dict"
-            raise ValueError(f"{where} is none of {kinds}") from error
+            raise ValueError(
+                f"{where} is none of TorchScript, an exported program, torchvision's inception_v3 state_dict"
+            ) from error
         for n in (2, 3):
             try:
                 with torch.no_grad():

@@ -247,6 +247,7 @@ def test_features_of_a_file(tmp_path):
     from torchvision.models import inception_v3
 
     images = as_bytes(torch.rand(2, 3, 40, 40) * 2 - 1)
+    images[1] //= 4
     small = torch.nn.Sequential(torch.nn.Flatten(), Bytes(), torch.nn.Linear(4800, 5)).eval()
     torch.jit.trace(small, images).save(tmp_path / "a.pt")
     shapes = ({0: torch.export.Dim("n")},)
@@ -258,12 +259,16 @@ def test_features_of_a_file(tmp_path):
         with pytest.raises(ValueError, match=f"identity: .*{name} does not take bytes .2, 3, 32, 32.: "):
             Features(tmp_path / name, 32, "identity")
     inception = inception_v3(weights=None, init_weights=False).eval()
+    for weight in inception.parameters():
+        if weight.ndim == 4:
+            torch.nn.init.kaiming_normal_(weight, nonlinearity="relu")  # or the image is lost on the way
     torch.save(inception.state_dict(), tmp_path / "inception.pth")
     network = Features(tmp_path / "inception.pth", 40)
     inception.fc = torch.nn.Identity()
     big = torch.nn.functional.interpolate(images / 127.5 - 1, (299, 299), mode="bilinear", antialias=True)
     torch.testing.assert_close(network(images), inception(big))
     assert network.name == "torchvision's Inception v3" and network(images).shape == (2, 2048)
+    assert network(images).std(0).mean() > 0.01
 
 
 class Bytes(torch.nn.Module):
