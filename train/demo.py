@@ -22,6 +22,7 @@ import fastgen
 from fastgen import info, pictures
 
 from .config import PRESETS, TrainConfig
+from .evaluate import rows
 from .loop import distil
 from .losses import Perceptual
 from .metrics import evaluate, milliseconds_per_image, psnr
@@ -278,17 +279,8 @@ def _curves(path: Path, stats: Path, config: TrainConfig):
 
 def _table(m: dict) -> str:
     """The results as a Markdown table."""
-    rows = [
-        ("PSNR to the teacher, dB", "", f"{m['psnr_db']:.2f}"),
-        ("SSIM to the teacher", "", f"{m['ssim']:.3f}"),
-        (f"Perceptual distance to the teacher, by {m['perceptual_name']}", "", f"{m['perceptual']:.4f}"),
-        (
-            "Reprojection consistency, PSNR in dB",
-            *(
-                "-" if (db := m[f"reprojection_psnr_{name}_db"]) is None else f"{db:.2f}"
-                for name in ("teacher", "student")
-            ),
-        ),
+    lines = [
+        *rows(m),
         *(
             (f"ms per image, batch {batch}", f"{m[f'teacher_ms{s}']:.1f}", f"{m[f'student_ms{s}']:.1f}")
             for s, batch in (("", 1), ("_batch8", 8))
@@ -297,7 +289,7 @@ def _table(m: dict) -> str:
         ("Parameters", f"{m['teacher_parameters'] / 1e6:.2f} M", f"{m['student_parameters'] / 1e6:.2f} M"),
     ]
     head = [("", "teacher", "student"), ("---", "---:", "---:")]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [*head, *rows])
+    return "\n".join("| " + " | ".join(row) + " |" for row in [*head, *lines])
 
 
 def _report(m: dict) -> str:

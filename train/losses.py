@@ -65,7 +65,8 @@ class Perceptual(nn.Module):
                 Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True
             )
             self.net.load_state_dict(heads, strict=False)
-        self.name = "LPIPS (VGG16)" if state is not None else "random VGG16 features"
+        self.trained = state is not None
+        self.name = "LPIPS (VGG16)" if self.trained else "random VGG16 features"
         self.requires_grad_(False).eval()
 
     def forward(
@@ -74,12 +75,16 @@ class Perceptual(nn.Module):
         y: Tensor,  # [N, 3, H, W]  in [-1, 1]
     ) -> Tensor:
         """Mean distance over the batch. Images below 32 pixels are enlarged: VGG16 halves four times."""
-        if min(x.shape[2:]) < 32:
-            scale = 32 / min(x.shape[2:])
-            x, y = (
-                F.interpolate(t, scale_factor=scale, mode="bilinear", align_corners=False) for t in (x, y)
-            )
-        return self.net(x, y).mean()
+        return self.net(_enlarged(x), _enlarged(y)).mean()
+
+    def features(self, x: Tensor) -> tuple[Tensor, ...]:  # [N, 3, H, W] in [-1, 1]
+        """What the distance compares, unnormalised: the five feature maps [N, C, H / 2^i, W / 2^i]."""
+        return tuple(self.net.net(self.net.scaling_layer(_enlarged(x))))
+
+
+def _enlarged(x: Tensor) -> Tensor:
+    scale = 32 / min(x.shape[2:])
+    return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False) if scale > 1 else x
 
 
 def make_perceptual(kind: str, weights: str | Path | None = None) -> Perceptual | None:
