@@ -188,12 +188,12 @@ class SirenConfig(toy.ToyConfig):
 
     out: str = "out/siren"
     minutes: float = 8.0
-    rays_from: float = 0.4
+    rays_from: float = 0.35
     image_from: float = 1.0
     points: int = 1024
     rays: int = 128
-    lr: float = 1e-3
-    lr_mapping: float = 100.0
+    lr: float = 2e-3
+    lr_mapping: float = 150.0
 
     def __post_init__(self):
         super().__post_init__()

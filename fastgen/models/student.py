@@ -243,7 +243,7 @@ class Student(nn.Module):
         truncation_cutoff: int | None = None,
         update_emas: bool = False,
     ) -> Tensor:
-        """The teacher's mapping: ws [N, num_ws, w_dim]."""
+        """The teacher's mapping: ws [N, num_ws, w_dim]. ValueError where it had none to copy."""
         require_shape("Student.mapping", "z", z, (None, self.z_dim), "[N, z_dim]")
         require_shape("Student.mapping", "c", c, (None, self.c_dim), "[N, c_dim]")
         if self.teacher_mapping is None:
