@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -127,9 +128,11 @@ def test_images(tiny):
     assert torch.equal(next(pictures.views(tiny, ws[:1], c[:1])), tiny.synthesis(ws[:1], c[:1])["image"])
 
 
-def test_training_saves_what_load_teacher_reads(tmp_path, config):
-    small = {"latents": 1, "points": 16, "rays": 8, "report_every": 2, "held_out": 1, "device": "cpu"}
-    trained = siren.train(SirenConfig(out=str(tmp_path / "siren"), steps=2, rays_from=0.5, **small))
+def test_training_saves_what_load_teacher_reads(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(siren, "Siren", partial(Siren, **TINY | {"neural_rendering_resolution": 64}))
+        small = {"latents": 1, "points": 16, "rays": 8, "report_every": 2, "held_out": 1, "device": "cpu"}
+        trained = siren.train(SirenConfig(out=str(tmp_path / "siren"), steps=2, rays_from=0.5, **small))
     lines = (tmp_path / "siren" / "stats.jsonl").read_text()
     assert '"phase": "rays"' in lines and '"psnr_db"' in lines
     path = tmp_path / "siren" / "teacher.safetensors"
