@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgen import camera
 
-from .data import NerfGan, Poses, generator_for, render_targets
+from .data import Poses, generator_for, render_targets
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def pose_pairs(
 @torch.no_grad()
 def evaluate(
     student: torch.nn.Module,
-    teacher: NerfGan,
+    teacher: torch.nn.Module,
     poses: Poses,
     images: int = 64,
     batch_size: int = 8,
