@@ -27,7 +27,7 @@ from fastgen.models.discriminator import DualDiscriminator
 from fastgen.models.student import Student
 
 from .config import TrainConfig
-from .data import NerfGan, Poses, RealStream, TargetStream
+from .data import Poses, RealStream, TargetStream
 from .dataset import ImageDataset
 from .distributed import World, start
 from .losses import discriminator_loss, generator_loss, make_perceptual, r1_penalty, reconstruction_terms
@@ -43,7 +43,7 @@ class Run:
     """The averaged student, in eval mode."""
     config: TrainConfig
     """What was done: the given one, or one with a shorter stage 1."""
-    teacher: NerfGan
+    teacher: nn.Module
     poses: Poses
     out: Path
     step: int
@@ -56,7 +56,7 @@ class Run:
 
 def distil(
     config: TrainConfig,
-    teacher: NerfGan | None = None,
+    teacher: nn.Module | None = None,
     progress: bool = True,
     deadline: float = math.inf,
     stage2_by: float = math.inf,
@@ -76,7 +76,7 @@ def distil(
 
 def _distil(
     config: TrainConfig,
-    teacher: NerfGan | None,
+    teacher: nn.Module | None,
     progress: bool,
     deadline: float,
     stage2_by: float,
@@ -283,7 +283,7 @@ def _require_divisible(config: TrainConfig, world: World):
             )
 
 
-def find_poses(config: TrainConfig, teacher: NerfGan, dataset: ImageDataset | None = None) -> Poses:
+def find_poses(config: TrainConfig, teacher: nn.Module, dataset: ImageDataset | None = None) -> Poses:
     """The distribution of render poses that a configuration means (see TrainConfig.camera)."""
     if config.camera != "auto":
         return presets.get(config.camera).camera
@@ -296,7 +296,7 @@ def find_poses(config: TrainConfig, teacher: NerfGan, dataset: ImageDataset | No
     return teacher.camera
 
 
-def save_student(path: Path, student: Student, poses: Poses, teacher: NerfGan, name: str):
+def save_student(path: Path, student: Student, poses: Poses, teacher: nn.Module, name: str):
     """Write a student for fastgen.load_student, with poses to render from and the teacher it comes from."""
     source = checkpoint.TOY if name == "toy" else Path(name)
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else None
@@ -309,7 +309,7 @@ def save_student(path: Path, student: Student, poses: Poses, teacher: NerfGan, n
     checkpoint.save(path, "student", {"G": student}, header)
 
 
-def _make_discriminator(config: TrainConfig, teacher: NerfGan, from_file: bool) -> nn.Module:
+def _make_discriminator(config: TrainConfig, teacher: nn.Module, from_file: bool) -> nn.Module:
     found = fastgen.load_discriminator(config.teacher) if from_file else None
     if found is not None:
         return found.train()

@@ -17,7 +17,7 @@ from torch import nn
 from fastgen import pictures
 
 from .config import TrainConfig
-from .data import NerfGan, Poses, generator_for, render_targets
+from .data import Poses, generator_for, render_targets
 from .metrics import psnr
 
 # Fields that may differ between a run and its continuation: they change no number of it.
@@ -94,7 +94,7 @@ class Grid:
     """Sample grids: the teacher's images above the student's, at latents and poses unseen in training."""
 
     def __init__(
-        self, folder: Path, config: TrainConfig, teacher: NerfGan, poses: Poses, device: torch.device
+        self, folder: Path, config: TrainConfig, teacher: nn.Module, poses: Poses, device: torch.device
     ):
         generator = generator_for(config.seed, "grid")
         z = torch.randn(config.grid_images, teacher.z_dim, generator=generator).to(device)
