@@ -68,7 +68,7 @@ class TrainConfig:
 
     # What is distilled, from what, to where.
     teacher: str = "toy"
-    """'toy' (shipped), a .safetensors made by `fastgen convert`, or an original .pkl."""
+    """'toy' (shipped), a .safetensors of `fastgen convert` or fastgen.train.siren, or an original .pkl."""
     out: str = "out/train"
     """Folder for config.json, stats.jsonl, sample grids, TensorBoard events, checkpoints."""
     student: Literal["full", "compact", "toy"] = "full"

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.camera import CameraDistribution
+
 from .config import Phase, TrainConfig
 from .dataset import ImageDataset, in_range, read_ahead
 from .distributed import World
@@ -31,28 +33,76 @@ def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0] >> 1))
 
 
+class NerfGan(Protocol):
+    """What the trainer asks of a teacher, a torch.nn.Module: a style of a latent, and images and depth of a
+    style from a camera. It renders without noise: the same style and camera give the same images.
+
+    z_dim, c_dim, w_dim, num_ws: of latents [N, z_dim] ~ N(0, 1), camera labels (25) and styles
+    img_resolution:       of the final image, 128, 256 or 512, which a student's super-resolution makes
+    neural_rendering_resolution, feature_channels: of the feature image that comes before it
+    camera:               poses to render from; None: TrainConfig.camera names a preset
+
+    Optional, and cheaper: `backbone_planes`, `render` and `super_resolve` as fastgen.models.teacher.Teacher's
+    make what several poses of one style share only once. Of `mapping_network` and `superresolution` see
+    Student.from_teacher.
+    """
+
+    z_dim: int
+    c_dim: int
+    w_dim: int
+    num_ws: int
+    img_resolution: int
+    neural_rendering_resolution: int
+    feature_channels: int
+    camera: CameraDistribution | None
+
+    def mapping(self, z: Tensor, c: Tensor) -> Tensor:
+        """Latents and conditioning poses c [N, c_dim], to some without effect -> ws [N, num_ws, w_dim]."""
+        ...
+
+    def synthesis(
+        self,
+        ws: Tensor,  # [N, num_ws, w_dim]
+        c: Tensor,  # [N, 25]  the camera
+        neural_rendering_resolution: int | None = None,
+        final: bool = True,
+    ) -> dict[str, Tensor]:
+        """Images in about [-1, 1] at any side h = w of the feature image; None: its own.
+
+        Returns: feature_image [N, feature_channels, h, w]; image_raw [N, 3, h, w], its first channels;
+          image_depth [N, 1, h, w], world units along the ray, and farthest where nothing is met; image
+          [N, 3, H, W], H = W = img_resolution, which may be left out where not `final`.
+        """
+        ...
+
+
 @torch.no_grad()
 def render_targets(
-    teacher: torch.nn.Module,
+    teacher: NerfGan,
     ws: Tensor,  # [L, num_ws, w_dim]
     c: Tensor,  # [L*k, 25]  k poses of each latent, together
     resolution: int | None = None,
     final: bool = True,
 ) -> dict[str, Tensor]:
-    """The teacher's images of latents at poses, by midpoint sampling; `resolution` is the feature map's side.
+    """The teacher's images of latents at poses; `resolution` is the feature map's side, None the teacher's.
 
-    Returns: ws [L*k, num_ws, w_dim], c, feature_image [L*k, 32, h, w], image_raw [L*k, 3, h, w], image_depth
-      [L*k, 1, h, w], and if `final` image [L*k, 3, H, W]. The first are copies made before the
-      super-resolution runs, whatever that does to its input.
+    Returns: ws [L*k, num_ws, w_dim], c, feature_image [L*k, feature_channels, h, w], image_raw
+      [L*k, 3, h, w], image_depth [L*k, 1, h, w], and if `final` image [L*k, 3, H, W]. Of a teacher with
+      planes the first are copies made before the super-resolution runs, whatever that does to its input.
     """
     poses = c.shape[0] // ws.shape[0]
-    planes = teacher.backbone_planes(ws)
+    planes = teacher.backbone_planes(ws) if hasattr(teacher, "backbone_planes") else None
     if poses > 1:
-        planes, ws = (t.repeat_interleave(poses, dim=0) for t in (planes, ws))
-    out = teacher.render(planes, c, neural_rendering_resolution=resolution)
+        ws = ws.repeat_interleave(poses, dim=0)
+        planes = planes if planes is None else planes.repeat_interleave(poses, dim=0)
+    if planes is None:
+        out = teacher.synthesis(ws, c, neural_rendering_resolution=resolution, final=final)
+    else:
+        out = teacher.render(planes, c, neural_rendering_resolution=resolution)
     target = {key: out[key].detach().clone() for key in ("feature_image", "image_raw", "image_depth")}
     if final:
-        target["image"] = teacher.super_resolve(out["feature_image"], ws).detach()
+        image = out["image"] if planes is None else teacher.super_resolve(out["feature_image"], ws)
+        target["image"] = image.detach()
     return {"ws": ws, "c": c} | target
 
 
@@ -67,7 +117,7 @@ class TargetStream:
 
     def __init__(
         self,
-        teacher: torch.nn.Module,
+        teacher: NerfGan,
         poses: Poses,
         config: TrainConfig,
         device: torch.device,

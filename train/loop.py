@@ -70,9 +70,9 @@ def distil(
 ) -> Run:
     """Train a student of a teacher.
 
-    `teacher` overrides config.teacher with a module of the same protocol (mapping, backbone_planes, render,
-    super_resolve). Both times are of time.monotonic(): past `stage2_by` stage 1 ends where it is and stage 2
-    begins, past `deadline` the run saves and stops. Writes to config.out; see the module's docstring.
+    `teacher` overrides config.teacher with a module of the protocol data.NerfGan. Both times are of
+    time.monotonic(): past `stage2_by` stage 1 ends where it is and stage 2 begins, past `deadline` the run
+    saves and stops. Writes to config.out; see the module's docstring.
     Raises: ValueError or FileNotFoundError on a configuration that cannot run, before anything is written;
       FloatingPointError naming the term and step on a loss or gradient that is not finite, after saving the
       state before that step.
