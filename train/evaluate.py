@@ -96,6 +96,7 @@ def rows(m: dict) -> list[list[str]]:
     if m["perceptual_name"] != "none":
         by = m["perceptual_name"]
         found.append([f"Perceptual distance to the teacher, by {by}", "", number("perceptual", ".4f")])
+    found.append(["Sharpness, mean gradient relative to the teacher's", "", number("sharpness", ".3f")])
     dbs = (number(f"reprojection_psnr_{who}_db", ".2f") for who in ("teacher", "student"))
     found.append(["Reprojection consistency, PSNR in dB", *dbs])
     if m["identity_name"] != "none":

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .metrics import warp_by_depth
+from fastgen import camera
 
 # torchvision.models.vgg16().features: index of every convolution, and where lpips cuts it in slices.
 _VGG_SLICES = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}
@@ -120,7 +120,7 @@ def consistency(
     """Mean squared difference between each image, warped to the next pose of its latent by the teacher's
     depth, and the image of that pose, where both see the surface."""
     raw_b, depth_b, c_b = (x.unflatten(0, (views, -1)).roll(-1, 0).flatten(0, 1) for x in (raw, depth, c))
-    warped, visible = warp_by_depth(raw, depth, depth_b, c, c_b)
+    warped, visible = camera.warp_by_depth(raw, depth, depth_b, c, c_b)
     return ((warped - raw_b).square() * visible).sum() / (3 * visible.sum()).clamp(min=1)
 
 

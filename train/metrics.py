@@ -37,45 +37,10 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return structural_similarity_index_measure(*pair, data_range=2.0, reduction="none")
 
 
-def warp_by_depth(
-    image_a: Tensor,  # [N, 3, H, W]  seen from pose A
-    depth_a: Tensor,  # [N, 1, h, w]  world units along the ray, from pose A
-    depth_b: Tensor,  # [N, 1, h, w]  likewise from pose B
-    c_a: Tensor,  # [N, 25]
-    c_b: Tensor,  # [N, 25]
-    occlusion: float = 2.0,
-    silhouette: float = 5.0,
-) -> tuple[Tensor, Tensor]:
-    """What pose B should see, by an image from pose A and the depth of both.
-
-    Every pixel of B is lifted to its surface point, projected into A, and looked up there. It counts as
-    visible if it falls inside A, and, in units of what a pixel of the depth map covers at its distance,
-    A's depth there is within `occlusion` of the point's distance to A's camera (nothing stands before it),
-    and depth varies by less than `silhouette` over the 3 x 3 pixels around it in B (a slope of 68 degrees at
-    most: no edge of the shape). Nor does it count at the farthest depth, which is where empty rays end.
-    Returns: image [N, 3, H, W] and visibility [N, 1, H, W], boolean.
-    """
-    n, _, height, width = image_a.shape
-    covers = 1 / (c_b[:, 16].reshape(n, 1, 1, 1) * depth_b.shape[2])  # a pixel's side, per unit of distance
-    empty = depth_b >= depth_b.amax() * (1 - 1e-3)
-    # A pixel next to a silhouette mixes two depths; a window's spread finds it.
-    spread = F.max_pool2d(depth_b, 3, 1, 1) + F.max_pool2d(-depth_b, 3, 1, 1)
-    usable = (~empty & (spread < silhouette * covers * depth_b)).float()
-    depth = F.interpolate(depth_b, (height, width), mode="bilinear", align_corners=False)
-    usable = F.interpolate(usable, (height, width), mode="nearest") > 0
-
-    origins, directions = camera.rays(c_b, height)
-    points = origins + directions * depth.flatten(2).transpose(1, 2)
-    world2cam = torch.linalg.inv(c_a[:, :16].reshape(n, 4, 4))
-    local = points @ world2cam[:, :3, :3].transpose(1, 2) + world2cam[:, None, :3, 3]
-    projected = local @ c_a[:, 16:].reshape(n, 3, 3).transpose(1, 2)
-    grid = (projected[..., :2] / projected[..., 2:].clamp(min=1e-6) * 2 - 1).reshape(n, height, width, 2)
-
-    seen = F.grid_sample(depth_a, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    distance = local.norm(dim=-1).reshape(n, 1, height, width)
-    inside = (grid.abs() < 1).all(dim=-1)[:, None] & (local[..., 2] > 0).reshape(n, 1, height, width)
-    visible = usable & inside & ((seen - distance).abs() < occlusion * covers * distance)
-    return F.grid_sample(image_a, grid, mode="bilinear", padding_mode="border", align_corners=False), visible
+def sharpness(x: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels of each image [N]."""
+    x = x.clamp(-1, 1)
+    return sum(x.diff(dim=dim).abs().mean(dim=(1, 2, 3)) for dim in (2, 3)) / 2
 
 
 def pose_pairs(
@@ -156,15 +121,16 @@ def evaluate(
     reference:  what they are compared with: all images of a data set; None: as many of the teacher's, at
                 other latents.
     Returns: psnr_db and ssim (mean over images), perceptual with perceptual_name (None and 'none' without
-      one), reprojection_psnr_{teacher,student}_db (A's image warped to B by the teacher's depth against B's
-      own image; None if no pixel is visible in both), reprojection_visible (share of pixels compared), and
-      images. identity_{teacher,student}: mean cosine of the embeddings of A and B, identity_others: that of
-      different latents of the teacher, with identity_name; pose_degrees_{teacher,student}: mean angle
-      between the direction found and the true one; {fid,kid}_{teacher,student} with features_name,
-      features_size (D), fid_images, and reference_images. None where the network is not given.
+      one), sharpness (relative to the teacher's), reprojection_psnr_{teacher,student}_db (A's image warped
+      to B by the teacher's depth against B's own image; None if no pixel is visible in both),
+      reprojection_visible (share of pixels compared), and images.
+      identity_{teacher,student}: mean cosine of the embeddings of A and B, identity_others: that of different
+      latents of the teacher, with identity_name; pose_degrees_{teacher,student}: mean angle between the
+      direction found and the true one; {fid,kid}_{teacher,student} with features_name, features_size (D),
+      fid_images, and reference_images. None where the network is not given.
     """
     device = next(student.parameters()).device
-    totals: dict[str, list[Tensor]] = {"psnr_db": [], "ssim": [], "perceptual": []}
+    totals: dict[str, list[Tensor]] = {"psnr_db": [], "ssim": [], "perceptual": [], "sharpness": []}
     errors = {"teacher": 0.0, "student": 0.0}
     embedded, turned, seen = ({name: [] for name in errors} for _ in range(3))
     pixels = visible_pixels = 0
@@ -178,11 +144,12 @@ def evaluate(
         image = student.synthesis(target["ws"], c)["image"]
         totals["psnr_db"].append(psnr(image, target["image"]))
         totals["ssim"].append(ssim(image, target["image"]))
+        totals["sharpness"].append(sharpness(image) / sharpness(target["image"]).clamp(min=1e-6))
         if perceptual is not None:
             totals["perceptual"].append(perceptual(image, target["image"])[None])
         depth = target["image_depth"]
         for name, view in (("teacher", target["image"]), ("student", image)):
-            warped, visible = warp_by_depth(view[::2], depth[::2], depth[1::2], c[::2], c[1::2])
+            warped, visible = camera.warp_by_depth(view[::2], depth[::2], depth[1::2], c[::2], c[1::2])
             difference = (warped.clamp(-1, 1) - view[1::2].clamp(-1, 1)).square().mean(dim=1, keepdim=True)
             errors[name] += difference[visible].sum().item()
             if identity is not None:

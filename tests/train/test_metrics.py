@@ -19,7 +19,6 @@ from fastgen.train.metrics import (
     pose_pairs,
     psnr,
     ssim,
-    warp_by_depth,
 )
 
 
@@ -51,7 +50,7 @@ def test_warp_finds_the_same_points():
     (image_a, depth_a), (image_b, depth_b) = plane(a, 32), plane(b, 32)
     # A far corner, so that the farthest depth, which counts as empty, is not the plane.
     depth_b[:, :, 0, 0] = 4
-    warped, visible = warp_by_depth(image_a, depth_a, depth_b, a, b)
+    warped, visible = camera.warp_by_depth(image_a, depth_a, depth_b, a, b)
     assert visible.float().mean() > 0.6
     error = (warped - image_b).abs().masked_fill(~visible, 0)
     # At the rim the lookup is up to half a pixel off, that is 0.01 units, and the sine's slope is 9 a unit.
@@ -63,11 +62,11 @@ def test_hidden_points_are_invisible():
     image, depth = plane(c, 16)
     depth_b = depth.clone()
     depth_b[:, :, 0, 0] = 4
-    assert warp_by_depth(image, depth, depth_b, c, c)[1].sum() >= 14 * 14
+    assert camera.warp_by_depth(image, depth, depth_b, c, c)[1].sum() >= 14 * 14
     # Something nearer covers the left half in A.
     nearer = depth.clone()
     nearer[..., :8] *= 0.8
-    visible = warp_by_depth(image, nearer, depth_b, c, c)[1]
+    visible = camera.warp_by_depth(image, nearer, depth_b, c, c)[1]
     assert not visible[..., :7].any() and visible[..., 1:-1, 9:].all()
 
 
@@ -77,13 +76,13 @@ def test_silhouettes_and_occluders_are_told_apart_from_slopes():
     pixel = 1 / (2.0 * 32)  # at distance 1
     depth[:, :, 0, 0] = 20
     slanted = depth * (1 + pixel) ** torch.arange(32.0)
-    assert warp_by_depth(image, slanted, slanted, c, c)[1][..., 2:-2, 2:-2].all()
+    assert camera.warp_by_depth(image, slanted, slanted, c, c)[1][..., 2:-2, 2:-2].all()
     # Three pixels of depth a pixel are a silhouette.
     steep = depth * (1 + 3 * pixel) ** torch.arange(32.0)
-    assert not warp_by_depth(image, steep, steep, c, c)[1][..., 1:-1].any()
+    assert not camera.warp_by_depth(image, steep, steep, c, c)[1][..., 1:-1].any()
     # Seen where A has something three pixels nearer, not where it is one.
     for nearer, visible in ((1, True), (3, False)):
-        seen = warp_by_depth(image, depth * (1 - nearer * pixel), depth, c, c)[1]
+        seen = camera.warp_by_depth(image, depth * (1 - nearer * pixel), depth, c, c)[1]
         assert seen[..., 2:-2, 2:-2].all() == visible
 
 
