@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +65,7 @@ COLUMNS = {
 }
 # What the teacher's own images have.
 REFERENCE = ("reprojection_psnr_teacher_db", "identity_teacher", "pose_degrees_teacher")
-IMAGES = 256
+IMAGES, CONTROLS = 256, 64
 SEEDS = (3, 5, 8, 13, 21, 34, 55, 89)
 Rows = dict[str, dict]
 
@@ -262,8 +261,8 @@ def _teacher(name: str, out: Path) -> nn.Module:
 def _controls(teacher: nn.Module) -> dict[str, float]:
     """PSNR of the teacher's images to those of another latent, and to those of another pose."""
     random = generator_for(0, "experiments")
-    c = pose_pairs(teacher.camera, 64, random)
-    ws = teacher.mapping(torch.randn(64, teacher.z_dim, generator=random), c[::2])
+    c = pose_pairs(teacher.camera, CONTROLS, random)
+    ws = teacher.mapping(torch.randn(CONTROLS, teacher.z_dim, generator=random), c[::2])
 
     def images(ws: Tensor, c: Tensor) -> Tensor:
         return torch.cat(
@@ -344,15 +343,11 @@ def _picture(path: Path, experiment: Experiment, found: dict[str, Path], out: Pa
     pictures.save_png(path, pictures.sheet(rows, list(models), captions, experiment.title))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """The command line."""
     import tyro
 
-    def command(
-        names: Annotated[tuple[str, ...], tyro.conf.Positional],
-        out: Path = Path("out/experiments"),
-        docs: Path = DOCS,
-    ) -> None:
+    def command(names: tuple[str, ...], out: Path = Path("out/experiments"), docs: Path = DOCS) -> None:
         """Rerun the paper's experiments on the toy teacher.
 
         Args:
@@ -371,7 +366,12 @@ def main() -> None:
         page(out, docs)
 
     fastgen.keep_memory()
-    tyro.cli(command, prog="python -m fastgen.train.experiments")
+    tyro.cli(
+        command,
+        prog="python -m fastgen.train.experiments",
+        args=argv,
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
 
 
 if __name__ == "__main__":
