@@ -156,7 +156,7 @@ def _distil(
         del saved
 
     if config.compile:
-        _compile(teacher, "backbone_planes", "render", "super_resolve")
+        _compile(teacher, "synthesis", "backbone_planes", "render", "super_resolve")
         _compile(student, "render", "super_resolve")
     targets = TargetStream(teacher, poses, config, device, world)
     reals = RealStream(config, student.neural_rendering_resolution, dataset, device, world)
