@@ -63,9 +63,9 @@ test-wheel:
 	mkdir -p "build/wheel-test"
 	cp -r tests pyproject.toml "build/wheel-test"
 	cd "build/wheel-test" && set -e; for python in $(PYTHONS); do for torch in "torch==2.11.*" torch; do \
-	  $$python -m venv --clear env; env/bin/python -m pip install -q "$$torch" $(CURDIR)/dist/*.whl pytest hypothesis scipy onnx onnxruntime; \
+	  $$python -m venv --clear env; env/bin/python -m pip install -q "$$torch" $(CURDIR)/dist/*.whl pytest pytest-xdist hypothesis scipy onnx onnxruntime; \
 	  env/bin/python -c "import torch, fastgen; print(torch.__version__, fastgen.__file__)"; \
-	  env/bin/python -m pytest $(TESTED); done; done
+	  OMP_NUM_THREADS=1 env/bin/python -m pytest -n auto $(TESTED); done; done
 
 test-matrix:
 	$(MAKE) test-wheel TESTED="tests/ops tests/models tests/compat tests/test_export.py -k 'not reference'"

@@ -263,6 +263,46 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Measure a student beside its teacher: how alike they are, and how good and how consistent both."""
+
+    student: Annotated[Path, tyro.conf.arg(metavar="FILE.safetensors")]
+    """The student."""
+    teacher: str
+    """What it was distilled from: 'toy' (shipped), or a teacher's .safetensors or .pkl."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DATASET")] = None
+    """A .zip or a folder in EG3D's layout: the images that FID and KID compare with, and the poses; without,
+    the teacher's own images at other latents, and its own poses."""
+    images: int = 128
+    """Images to measure on, two of each latent, rounded up to eights."""
+    features: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """The network of FID and KID, which are left out without: TorchScript or an exported program that maps
+    bytes [N, 3, H, W] to features [N, D], or torchvision's inception_v3 weights."""
+    identity: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """The network whose embeddings tell one head from another, likewise; without, pooled VGG16 features."""
+    perceptual_weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE.pth")] = None
+    """torchvision's vgg16 weights on disk, to report LPIPS; without, random VGG16 features, and so named."""
+    pose: str = "auto"
+    """What tells poses from images: 'toy' (shipped), 'none', or a file of python -m fastgen.train.pose;
+    'auto': 'toy' where that is the teacher."""
+    camera: str = "auto"
+    """Where to look from: 'auto' (what the data set or the teacher's file says), or the name of a preset."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """Write all numbers, the options, the machine and the versions to this file."""
+    device: str = "auto"
+    """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
+
+    def __post_init__(self):
+        if not 1 <= self.images <= 10_000_000:
+            raise ValueError(f"images must be from 1 to 10000000, got {self.images}")
+
+    def run(self):
+        from .train import evaluate
+
+        evaluate.run(**_values(self, Evaluate))
+
+
+@dataclass(frozen=True)
 class Train(TrainConfig):
     """Distil a teacher into a student: the full trainer. Ctrl-C saves; --resume goes on."""
 
@@ -328,7 +368,7 @@ def _row(found) -> list[str]:
 
 
 COMMANDS = (
-    *("info", "convert", "render", "export", "train", "demo", "patch"),
+    *("info", "convert", "render", "export", "train", "demo", "evaluate", "patch"),
     *("data check", "data toy", "data"),
 )
 
@@ -427,7 +467,7 @@ def _parse(argv: list[str]):
         # tyro draws a box of several lines; what it says is told in one.
         with contextlib.redirect_stderr(said):
             command = tyro.cli(
-                Info | Convert | Render | Export | train | Demo | Patch | Data,
+                Info | Convert | Render | Export | train | Demo | Evaluate | Patch | Data,
                 prog="fastgen",
                 args=argv[:own],
                 description="Fast 3D-aware image generation: NeRF-GANs, and students distilled from them.",

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -174,3 +175,44 @@ class CameraDistribution:
     def as_dict(self) -> dict:
         """As plain JSON values; CameraDistribution(**d) is the way back."""
         return asdict(self) | {"pivot": list(self.pivot)}
+
+
+def warp_by_depth(
+    image_a: Tensor,  # [N, 3, H, W]  seen from pose A
+    depth_a: Tensor,  # [N, 1, h, w]  world units along the ray, from pose A
+    depth_b: Tensor,  # [N, 1, h, w]  likewise from pose B
+    c_a: Tensor,  # [N, 25]
+    c_b: Tensor,  # [N, 25]
+    occlusion: float = 2.0,
+    silhouette: float = 5.0,
+) -> tuple[Tensor, Tensor]:
+    """What pose B should see, by an image from pose A and the depth of both.
+
+    Every pixel of B is lifted to its surface point, projected into A, and looked up there. It counts as
+    visible if it falls inside A, and, in units of what a pixel of the depth map covers at its distance,
+    A's depth there is within `occlusion` of the point's distance to A's camera (nothing stands before it),
+    and depth varies by less than `silhouette` over the 3 x 3 pixels around it in B (a slope of 68 degrees at
+    most: no edge of the shape). Nor does it count at the farthest depth, which is where empty rays end.
+    Returns: image [N, 3, H, W] and visibility [N, 1, H, W], boolean.
+    """
+    n, _, height, width = image_a.shape
+    covers = 1 / (c_b[:, 16].reshape(n, 1, 1, 1) * depth_b.shape[2])  # a pixel's side, per unit of distance
+    empty = depth_b >= depth_b.amax() * (1 - 1e-3)
+    # A pixel next to a silhouette mixes two depths; a window's spread finds it.
+    spread = F.max_pool2d(depth_b, 3, 1, 1) + F.max_pool2d(-depth_b, 3, 1, 1)
+    usable = (~empty & (spread < silhouette * covers * depth_b)).float()
+    depth = F.interpolate(depth_b, (height, width), mode="bilinear", align_corners=False)
+    usable = F.interpolate(usable, (height, width), mode="nearest") > 0
+
+    origins, directions = rays(c_b, height)
+    points = origins + directions * depth.flatten(2).transpose(1, 2)
+    world2cam = torch.linalg.inv(c_a[:, :16].reshape(n, 4, 4))
+    local = points @ world2cam[:, :3, :3].transpose(1, 2) + world2cam[:, None, :3, 3]
+    projected = local @ c_a[:, 16:].reshape(n, 3, 3).transpose(1, 2)
+    grid = (projected[..., :2] / projected[..., 2:].clamp(min=1e-6) * 2 - 1).reshape(n, height, width, 2)
+
+    seen = F.grid_sample(depth_a, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    distance = local.norm(dim=-1).reshape(n, 1, height, width)
+    inside = (grid.abs() < 1).all(dim=-1)[:, None] & (local[..., 2] > 0).reshape(n, 1, height, width)
+    visible = usable & inside & ((seen - distance).abs() < occlusion * covers * distance)
+    return F.grid_sample(image_a, grid, mode="bilinear", padding_mode="border", align_corners=False), visible

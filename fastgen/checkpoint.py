@@ -22,11 +22,11 @@ from .camera import CameraDistribution
 from .eg3d_pickle import CheckpointError, from_pickle
 from .models.layers import FILTER, compute_in
 
-# The class that a kind of file has as its G, or that is its D, and its module.
+# The classes that a kind of file may have as its G, or as its D, and their modules.
 CLASSES = {
-    "teacher": ("Teacher", "teacher"),
-    "student": ("Student", "student"),
-    "D": ("DualDiscriminator", "discriminator"),
+    "teacher": {"Teacher": "models.teacher", "Siren": "train.siren"},
+    "student": {"Student": "models.student"},
+    "D": {"DualDiscriminator": "models.discriminator"},
 }
 TOY = Path(__file__).parent / "assets" / "toy_teacher.safetensors"
 
@@ -157,13 +157,13 @@ def _fit(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _build(path, header: dict, tensors: dict[str, Tensor], name: str) -> nn.Module:
     """The network `name` of a file, in evaluation mode and frozen."""
-    wanted, where = CLASSES["D" if name == "D" else header["kind"]]
+    known = CLASSES["D" if name == "D" else header["kind"]]
     entry = header.get(name)
     found = entry.get("class") if isinstance(entry, dict) else type(entry).__name__
-    if found != wanted:
-        found = found if isinstance(found, str) else type(found).__name__
-        raise CheckpointError(f"{path}: refused: {name} is a {found!r}, expected {wanted}")
-    cls = getattr(import_module(f".models.{where}", __package__), wanted)
+    found = found if isinstance(found, str) else type(found).__name__
+    if found not in known:
+        raise CheckpointError(f"{path}: refused: {name} is a {found!r}, expected {' or '.join(known)}")
+    cls = getattr(import_module(f".{known[found]}", __package__), found)
     try:
         state = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
         _require_sizes(entry["config"], state)
@@ -173,7 +173,7 @@ def _build(path, header: dict, tensors: dict[str, Tensor], name: str) -> nn.Modu
         module.load_state_dict(_fit(module, state), assign=True)
         module.camera = CameraDistribution(**header["camera"]) if header.get("camera") else None
     except Exception as error:
-        raise CheckpointError(f"{path}: refused: {name} does not fit {wanted}: {error}") from error
+        raise CheckpointError(f"{path}: refused: {name} does not fit {found}: {error}") from error
     return module.eval().requires_grad_(False)
 
 
@@ -186,6 +186,7 @@ def _load(path: str | Path, kind: str, dtype: torch.dtype | None) -> nn.Module:
 
 def load_teacher(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The Teacher of a fastgen file, of an original EG3D pickle, or the embedded 'toy'; frozen, on the CPU.
+    A file of fastgen.train.siren holds a Siren.
 
     dtype: of the convolutions' activations, such as torch.bfloat16 to be fast on a CPU that has it; weights,
     styles and volume rendering stay float32. None: float32; float16 on a GPU where the checkpoint says so.

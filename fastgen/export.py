@@ -69,6 +69,8 @@ def export(
 def mapping_model(student: Student, opset: int = OPSET) -> onnx.ModelProto:
     """Student.mapping. truncation_psi is of all ws."""
     graph, net = _Graph(opset), student.teacher_mapping
+    if net is None:
+        raise ValueError("the student has no mapping to export: its teacher had no mapping_network to copy")
     z, c = graph.input("z", "N", net.z_dim), graph.input("c", "N", net.c_dim)
     psi = graph.input("truncation_psi", 1)
     w, mean = _mapping(graph, net, z, c, student.conditioning_scale), graph.constant(net.w_avg)

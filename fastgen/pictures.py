@@ -123,6 +123,24 @@ def save_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: int = 30):  # 
             film.append_data(frame)
 
 
+@torch.inference_mode()
+def save_orbit(
+    path: str | Path,
+    models: dict[str, nn.Module],  # by caption, from left to right
+    styles: dict[str, Tensor],  # ws [1, num_ws, w_dim] by label, from top to bottom
+    c: Tensor,  # [K, 25]  a pose a frame
+):
+    """Write a film of what models make of the same styles from the same poses."""
+    tracks = [views(model, w, c) for w in styles.values() for model in models.values()]
+
+    def draw():
+        for frame in progress(zip(*tracks, strict=True), len(c), "film"):
+            rows = [frame[i : i + len(models)] for i in range(0, len(frame), len(models))]
+            yield sheet(rows, list(styles), [list(models)], scale=2)
+
+    save_mp4(path, draw())
+
+
 def prepare(path: str | Path, suffix: str) -> Path:
     """Make the folder of a file that is to be written. Raises ValueError or OSError if it can't be."""
     path = Path(path)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.camera import CameraDistribution
+
 from .config import Phase, TrainConfig
 from .dataset import ImageDataset, in_range, read_ahead
 from .distributed import World
@@ -31,28 +33,76 @@ def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0] >> 1))
 
 
+class NerfGan(Protocol):
+    """What the trainer asks of a teacher, a torch.nn.Module: a style of a latent, and images and depth of a
+    style from a camera. It renders without noise: the same style and camera give the same images.
+
+    z_dim, c_dim, w_dim, num_ws: of latents [N, z_dim] ~ N(0, 1), camera labels (25) and styles
+    img_resolution:       of the final image, 128, 256 or 512, which a student's super-resolution makes
+    neural_rendering_resolution, feature_channels: of the feature image that comes before it
+    camera:               poses to render from; None: TrainConfig.camera names a preset
+
+    Optional, and cheaper: `backbone_planes`, `render` and `super_resolve` as fastgen.models.teacher.Teacher's
+    make what several poses of one style share only once. Of `mapping_network` and `superresolution` see
+    Student.from_teacher.
+    """
+
+    z_dim: int
+    c_dim: int
+    w_dim: int
+    num_ws: int
+    img_resolution: int
+    neural_rendering_resolution: int
+    feature_channels: int
+    camera: CameraDistribution | None
+
+    def mapping(self, z: Tensor, c: Tensor) -> Tensor:
+        """Latents and conditioning poses c [N, c_dim], to some without effect -> ws [N, num_ws, w_dim]."""
+        ...
+
+    def synthesis(
+        self,
+        ws: Tensor,  # [N, num_ws, w_dim]
+        c: Tensor,  # [N, 25]  the camera
+        neural_rendering_resolution: int | None = None,
+        final: bool = True,
+    ) -> dict[str, Tensor]:
+        """Images in about [-1, 1] at any side h = w of the feature image; None: its own.
+
+        Returns: feature_image [N, feature_channels, h, w]; image_raw [N, 3, h, w], its first channels;
+          image_depth [N, 1, h, w], world units along the ray, and farthest where nothing is met; image
+          [N, 3, H, W], H = W = img_resolution, which may be left out where not `final`.
+        """
+        ...
+
+
 @torch.no_grad()
 def render_targets(
-    teacher: torch.nn.Module,
+    teacher: NerfGan,
     ws: Tensor,  # [L, num_ws, w_dim]
     c: Tensor,  # [L*k, 25]  k poses of each latent, together
     resolution: int | None = None,
     final: bool = True,
 ) -> dict[str, Tensor]:
-    """The teacher's images of latents at poses, by midpoint sampling; `resolution` is the feature map's side.
+    """The teacher's images of latents at poses; `resolution` is the feature map's side, None the teacher's.
 
-    Returns: ws [L*k, num_ws, w_dim], c, feature_image [L*k, 32, h, w], image_raw [L*k, 3, h, w], image_depth
-      [L*k, 1, h, w], and if `final` image [L*k, 3, H, W]. The first are copies made before the
-      super-resolution runs, whatever that does to its input.
+    Returns: ws [L*k, num_ws, w_dim], c, feature_image [L*k, feature_channels, h, w], image_raw
+      [L*k, 3, h, w], image_depth [L*k, 1, h, w], and if `final` image [L*k, 3, H, W]. Of a teacher with
+      planes the first are copies made before the super-resolution runs, whatever that does to its input.
     """
     poses = c.shape[0] // ws.shape[0]
-    planes = teacher.backbone_planes(ws)
+    planes = teacher.backbone_planes(ws) if hasattr(teacher, "backbone_planes") else None
     if poses > 1:
-        planes, ws = (t.repeat_interleave(poses, dim=0) for t in (planes, ws))
-    out = teacher.render(planes, c, neural_rendering_resolution=resolution)
+        ws = ws.repeat_interleave(poses, dim=0)
+        planes = planes if planes is None else planes.repeat_interleave(poses, dim=0)
+    if planes is None:
+        out = teacher.synthesis(ws, c, neural_rendering_resolution=resolution, final=final)
+    else:
+        out = teacher.render(planes, c, neural_rendering_resolution=resolution)
     target = {key: out[key].detach().clone() for key in ("feature_image", "image_raw", "image_depth")}
     if final:
-        target["image"] = teacher.super_resolve(out["feature_image"], ws).detach()
+        image = out["image"] if planes is None else teacher.super_resolve(out["feature_image"], ws)
+        target["image"] = image.detach()
     return {"ws": ws, "c": c} | target
 
 
@@ -67,7 +117,7 @@ class TargetStream:
 
     def __init__(
         self,
-        teacher: torch.nn.Module,
+        teacher: NerfGan,
         poses: Poses,
         config: TrainConfig,
         device: torch.device,
@@ -76,6 +126,9 @@ class TargetStream:
         self.teacher, self.poses, self.config, self.device, self.world = teacher, poses, config, device, world
         self._kept: deque[tuple[int, dict[str, Tensor]]] = deque()
         self._kept_phase: Phase | None = None
+        # On a GPU the teacher works beside the student, a step ahead, on a stream of its own.
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: tuple[TrainConfig, int, dict[str, Tensor]] | None = None
 
     def chunk(self, phase: Phase, index: int) -> dict[str, Tensor]:
         """Render the share of the targets number `index` of a phase: one batch, poses_per_latent poses of
@@ -93,17 +146,40 @@ class TargetStream:
         with torch.no_grad():
             ws = self.teacher.mapping(z.to(self.device), conditioning.to(self.device))
         resolution = phase.resolution or config.neural_rendering_resolution
-        target = render_targets(
-            self.teacher, ws, c.flatten(0, 1).to(self.device), resolution, final=phase.resolution is None
-        )
-        del target["image_depth"]
+        with config.autocast(self.device):
+            target = render_targets(
+                self.teacher, ws, c.flatten(0, 1).to(self.device), resolution, final=phase.resolution is None
+            )
+        if not config.lambda_consistency:
+            del target["image_depth"]
+        target = {name: t.float() for name, t in target.items()}
         if poses > 1:
             rows = {name: t.unflatten(0, (-1, poses)) for name, t in target.items()}
             target = {name: t.transpose(0, 1).flatten(0, 1) for name, t in rows.items()}
         return target
 
+    def prefetch(self, step: int):
+        """On a GPU, begin with the targets of a step, which batch(step) then hands out."""
+        if self._side is not None:
+            # Weights and stock may still be on their way.
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._side):
+                self._ahead = self.config, step, self._batch(step)
+
     def batch(self, step: int) -> dict[str, Tensor]:
         """The targets of a step: ws, c, feature_image, image_raw, and image but in a small phase."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return self._batch(step)
+        now = torch.cuda.current_stream(self.device)
+        now.wait_stream(self._side)
+        if ahead[:2] != (self.config, step):
+            return self._batch(step)  # stage 1 has been cut short
+        for tensor in ahead[2].values():
+            tensor.record_stream(now)
+        return ahead[2]
+
+    def _batch(self, step: int) -> dict[str, Tensor]:
         phase = self.config.phase(step)
         step -= phase.first_step
         if not self.config.replay:
@@ -121,13 +197,26 @@ class TargetStream:
             kept = {name: t.half() if name in ("feature_image", "image") else t for name, t in chunk.items()}
             # All of it on each: a batch is drawn across all.
             self._kept.append((index, {name: self.world.gather(t) for name, t in kept.items()}))
-        random = generator_for(self.config.seed, f"replay {phase.first_step}", step)
-        order = torch.randperm(len(self._kept) * phase.batch_size, generator=random)[: phase.batch_size]
-        picks = [divmod(i, phase.batch_size) for i in self.world.share(order).tolist()]
+        picks = self._picks(phase, generator_for(self.config.seed, f"replay {phase.first_step}", step))
         names = self._kept[0][1]
         batch = {name: torch.stack([self._kept[i][1][name][j] for i, j in picks]).float() for name in names}
         batch["image_raw"] = batch["feature_image"][:, :3]
         return batch
+
+    def _picks(self, phase: Phase, random: torch.Generator) -> list[tuple[int, int]]:
+        """This process's share of a batch from the stock: numbers of chunks, and rows in them."""
+        views, batch = self.config.views, phase.batch_size
+        if views == 1:
+            order = torch.randperm(len(self._kept) * batch, generator=random)[:batch]
+            return [divmod(i, batch) for i in self.world.share(order).tolist()]
+        # Latents, and so many poses of each; a chunk has one pose of all its latents after the other.
+        poses = self.config.poses_per_latent
+        latents = batch // poses
+        order = torch.randint(len(self._kept) * latents, (batch // views,), generator=random)
+        seen = torch.rand(batch // views, poses, generator=random).argsort(1)[:, :views]
+        order, seen = self.world.share(order).tolist(), self.world.share(seen).T.tolist()
+        pairs = [zip(order, of_pose, strict=True) for of_pose in seen]
+        return [(i // latents, pose * latents + i % latents) for pair in pairs for i, pose in pair]
 
 
 class RealStream:

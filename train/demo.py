@@ -22,6 +22,7 @@ import fastgen
 from fastgen import info, pictures
 
 from .config import PRESETS, TrainConfig
+from .evaluate import rows
 from .loop import distil
 from .losses import Perceptual
 from .metrics import evaluate, milliseconds_per_image, psnr
@@ -59,6 +60,7 @@ def run(
         # Odd, or it would never meet the steps that have a final image, every hr_interval-th.
         log_every=3,
         grid_every=100,
+        orbit_every=0,
         checkpoint_every=0,
         tensorboard=False,
     )
@@ -154,6 +156,7 @@ def _affordable(config: TrainConfig, teacher: nn.Module, end: float) -> tuple[fl
         stage2_steps=tried,
         log_every=1,
         grid_every=0,
+        orbit_every=0,
     )
     with tempfile.TemporaryDirectory() as folder:
         # A machine that needs a fifth of its time for a trial can't afford more than the least.
@@ -222,21 +225,11 @@ def _side_by_side(path: Path, student: nn.Module, teacher: nn.Module, name: str)
     pictures.save_png(path, pictures.sheet(rows, labels, captions, title))
 
 
-@torch.inference_mode()
 def _film(path: Path, student: nn.Module, teacher: nn.Module, frames: int):
     """Teacher left, student right, one row for each of some latents, on a closed tour."""
     poses = teacher.camera.orbit(frames).to(next(teacher.parameters()).device)
-    tracks = [
-        pictures.views(model, w, poses) for w in _styles(teacher, FILMED) for model in (teacher, student)
-    ]
-    labels = [f"seed {seed}" for seed in SEEDS[:FILMED]]
-
-    def draw():
-        for views in pictures.progress(zip(*tracks, strict=True), frames, "film"):
-            rows = [views[i : i + 2] for i in range(0, len(views), 2)]
-            yield pictures.sheet(rows, labels, [["teacher", "student"]], scale=2)
-
-    pictures.save_mp4(path, draw())
+    styles = {f"seed {seed}": w for seed, w in zip(SEEDS, _styles(teacher, FILMED), strict=False)}
+    pictures.save_orbit(path, {"teacher": teacher, "student": student}, styles, poses)
 
 
 def _curves(path: Path, stats: Path, config: TrainConfig):
@@ -286,17 +279,8 @@ def _curves(path: Path, stats: Path, config: TrainConfig):
 
 def _table(m: dict) -> str:
     """The results as a Markdown table."""
-    rows = [
-        ("PSNR to the teacher, dB", "", f"{m['psnr_db']:.2f}"),
-        ("SSIM to the teacher", "", f"{m['ssim']:.3f}"),
-        (f"Perceptual distance to the teacher, by {m['perceptual_name']}", "", f"{m['perceptual']:.4f}"),
-        (
-            "Reprojection consistency, PSNR in dB",
-            *(
-                "-" if (db := m[f"reprojection_psnr_{name}_db"]) is None else f"{db:.2f}"
-                for name in ("teacher", "student")
-            ),
-        ),
+    lines = [
+        *rows(m),
         *(
             (f"ms per image, batch {batch}", f"{m[f'teacher_ms{s}']:.1f}", f"{m[f'student_ms{s}']:.1f}")
             for s, batch in (("", 1), ("_batch8", 8))
@@ -305,7 +289,7 @@ def _table(m: dict) -> str:
         ("Parameters", f"{m['teacher_parameters'] / 1e6:.2f} M", f"{m['student_parameters'] / 1e6:.2f} M"),
     ]
     head = [("", "teacher", "student"), ("---", "---:", "---:")]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [*head, *rows])
+    return "\n".join("| " + " | ".join(row) + " |" for row in [*head, *lines])
 
 
 def _report(m: dict) -> str:

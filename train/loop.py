@@ -1,8 +1,8 @@
 """The training loop: one visible function, `distil`, for every curriculum.
 
 A run's folder holds config.json, stats.jsonl (a line every log_every steps), grids/*.png (teacher row,
-student row), TensorBoard events, resume.pt (all it takes to go on exactly) and student.safetensors (the
-averaged student, what fastgen.load_student reads)."""
+student row), orbits/*.mp4, TensorBoard events, resume.pt (all it takes to go on exactly) and
+student.safetensors (the averaged student, what fastgen.load_student reads)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,16 @@ from .config import TrainConfig
 from .data import Poses, RealStream, TargetStream
 from .dataset import ImageDataset
 from .distributed import World, start
-from .losses import discriminator_loss, generator_loss, make_perceptual, r1_penalty, reconstruction_terms
+from .losses import (
+    consistency,
+    discriminator_loss,
+    generator_loss,
+    make_perceptual,
+    r1_penalty,
+    reconstruction_terms,
+)
 from .metrics import psnr
-from .run import Grid, Log, StopSignals, read_checkpoint, set_random_state, write_checkpoint
+from .run import Log, Samples, StopSignals, read_checkpoint, set_random_state, write_checkpoint
 
 
 @dataclass
@@ -63,9 +70,9 @@ def distil(
 ) -> Run:
     """Train a student of a teacher.
 
-    `teacher` overrides config.teacher with a module of the same protocol (mapping, backbone_planes, render,
-    super_resolve). Both times are of time.monotonic(): past `stage2_by` stage 1 ends where it is and stage 2
-    begins, past `deadline` the run saves and stops. Writes to config.out; see the module's docstring.
+    `teacher` overrides config.teacher with a module of the protocol data.NerfGan. Both times are of
+    time.monotonic(): past `stage2_by` stage 1 ends where it is and stage 2 begins, past `deadline` the run
+    saves and stops. Writes to config.out; see the module's docstring.
     Raises: ValueError or FileNotFoundError on a configuration that cannot run, before anything is written;
       FloatingPointError naming the term and step on a loss or gradient that is not finite, after saving the
       state before that step.
@@ -148,13 +155,17 @@ def _distil(
             raise ValueError(f"resume: {out / 'resume.pt'} is damaged, or another network's") from None
         del saved
 
+    if config.compile:
+        _compile(teacher, "synthesis", "backbone_planes", "render", "super_resolve")
+        _compile(student, "render", "super_resolve")
     targets = TargetStream(teacher, poses, config, device, world)
     reals = RealStream(config, student.neural_rendering_resolution, dataset, device, world)
-    grid = log = None
+    samples = log = None
     if world.is_first:
         pictures.prepare_folder(out)
         config.save(out / "config.json")
-        grid = Grid(out / "grids", config, teacher, poses, device) if config.grid_every else None
+        if config.grid_every or config.orbit_every:
+            samples = Samples(config, teacher, poses, device)
         log = Log(out, config, step)
 
     def save():
@@ -187,6 +198,8 @@ def _distil(
             phase = config.phase(step)
             logs = (step + 1) % config.log_every == 0 or step + 1 == config.steps
             target = targets.batch(step)
+            if step + 1 < config.steps:
+                targets.prefetch(step + 1)
             real = reals.batch(step, target) if adversarial else None
             student_optimiser.zero_grad(set_to_none=True)
             if adversarial:
@@ -198,13 +211,18 @@ def _distil(
                 ws, c = wanted["ws"], wanted["c"]
 
                 # Student.
-                fake = student.render(ws, c, resolution=phase.resolution)
-                if phase.resolution is None and (adversarial or step % config.hr_interval == 0):
-                    fake["image"] = student.super_resolve(fake["feature_image"], ws)
-                terms = reconstruction_terms(fake, wanted, perceptual, config.smooth_l1_beta)
-                if adversarial:
-                    discriminator.requires_grad_(False)
-                    terms["adv"] = generator_loss(discriminator(fake, c))
+                with config.autocast(device):
+                    fake = student.render(ws, c, resolution=phase.resolution)
+                    if phase.resolution is None and (adversarial or step % config.hr_interval == 0):
+                        fake["image"] = student.super_resolve(fake["feature_image"], ws)
+                    fake = {name: image.float() for name, image in fake.items()}
+                    terms = reconstruction_terms(fake, wanted, perceptual, config.smooth_l1_beta)
+                    if config.lambda_consistency:
+                        depth = wanted["image_depth"]
+                        terms["consistency"] = consistency(fake["image_raw"], depth, c, config.views)
+                    if adversarial:
+                        discriminator.requires_grad_(False)
+                        terms["adv"] = generator_loss(discriminator(fake, c).float())
                 weights = {name: getattr(config, f"lambda_{name}") for name in terms}
                 if adversarial:
                     weights["adv"] *= adversarial
@@ -220,7 +238,9 @@ def _distil(
                 if adversarial:
                     discriminator.requires_grad_(True)
                     images_real, c_real = {name: x[rows] for name, x in real[0].items()}, real[1][rows]
-                    loss = discriminator_loss(discriminator(images_real, c_real), discriminator(fake, c))
+                    with config.autocast(device):
+                        logits = [discriminator(images_real, c_real), discriminator(fake, c)]
+                    loss = discriminator_loss(*(x.float() for x in logits))
                     terms["discriminator"] = loss
                     if step % config.r1_interval == 0 and config.r1_gamma > 0:
                         terms["r1"] = r1_penalty(discriminator, images_real, c_real)
@@ -260,8 +280,12 @@ def _distil(
                     log.write(step, values)
                 stage = "reconstruction + adversarial" if adversarial else "reconstruction"
                 bar.update(task, description=f"{stage}, {values['raw_psnr_db']:.1f} dB")
-            if grid is not None and (step % config.grid_every == 0 or step == config.steps):
-                log.write(step, {"heldout_psnr_db": grid.save(step, average)})
+            if config.grid_every and samples and (step % config.grid_every == 0 or step == config.steps):
+                sheet, similar = samples.grid(step, average)
+                log.write(step, {"heldout_psnr_db": similar})
+                log.picture(step, "samples", sheet)
+            if config.orbit_every and samples and step % config.orbit_every == 0:
+                samples.orbit(step, average)
             if config.checkpoint_every and step % config.checkpoint_every == 0:
                 save()
                 saved_step = step
@@ -271,12 +295,19 @@ def _distil(
     return Run(average, config, teacher, poses, out, step, step < config.steps, world.is_first)
 
 
+def _compile(network: nn.Module, *calls: str):
+    """Have these methods of a network compiled at their first call; those that it has."""
+    for call in calls:
+        if hasattr(network, call):
+            setattr(network, call, torch.compile(getattr(network, call)))
+
+
 def _require_divisible(config: TrainConfig, world: World):
     """Every process, and every part that it accumulates, has as much of a batch as all others."""
     parts = world.size * config.accumulate
     for batch in {config.batch_size, *(images for _, _, images in config.growth)}:
         latents = batch // config.poses_per_latent
-        if batch % parts or latents % world.size:
+        if batch % parts or latents % world.size or batch // config.views % parts:
             raise ValueError(
                 f"batch_size: {batch} images ({latents} latents) must divide into {world.size} processes x "
                 f"{config.accumulate} parts (accumulate)"

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen import camera
+
 # torchvision.models.vgg16().features: index of every convolution, and where lpips cuts it in slices.
 _VGG_SLICES = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}
 
@@ -63,7 +65,8 @@ class Perceptual(nn.Module):
                 Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True
             )
             self.net.load_state_dict(heads, strict=False)
-        self.name = "LPIPS (VGG16)" if state is not None else "random VGG16 features"
+        self.trained = state is not None
+        self.name = "LPIPS (VGG16)" if self.trained else "random VGG16 features"
         self.requires_grad_(False).eval()
 
     def forward(
@@ -72,12 +75,16 @@ class Perceptual(nn.Module):
         y: Tensor,  # [N, 3, H, W]  in [-1, 1]
     ) -> Tensor:
         """Mean distance over the batch. Images below 32 pixels are enlarged: VGG16 halves four times."""
-        if min(x.shape[2:]) < 32:
-            scale = 32 / min(x.shape[2:])
-            x, y = (
-                F.interpolate(t, scale_factor=scale, mode="bilinear", align_corners=False) for t in (x, y)
-            )
-        return self.net(x, y).mean()
+        return self.net(_enlarged(x), _enlarged(y)).mean()
+
+    def features(self, x: Tensor) -> tuple[Tensor, ...]:  # [N, 3, H, W] in [-1, 1]
+        """What the distance compares, unnormalised: the five feature maps [N, C, H / 2^i, W / 2^i]."""
+        return tuple(self.net.net(self.net.scaling_layer(_enlarged(x))))
+
+
+def _enlarged(x: Tensor) -> Tensor:
+    scale = 32 / min(x.shape[2:])
+    return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False) if scale > 1 else x
 
 
 def make_perceptual(kind: str, weights: str | Path | None = None) -> Perceptual | None:
@@ -102,6 +109,19 @@ def reconstruction_terms(
         if perceptual is not None:
             terms["hr_perceptual"] = perceptual(student["image"], target["image"])
     return terms
+
+
+def consistency(
+    raw: Tensor,  # [V*L, 3, h, w]  the student's, one pose of L latents after the other
+    depth: Tensor,  # [V*L, 1, h, w]  the teacher's
+    c: Tensor,  # [V*L, 25]
+    views: int,
+) -> Tensor:
+    """Mean squared difference between each image, warped to the next pose of its latent by the teacher's
+    depth, and the image of that pose, where both see the surface."""
+    raw_b, depth_b, c_b = (x.unflatten(0, (views, -1)).roll(-1, 0).flatten(0, 1) for x in (raw, depth, c))
+    warped, visible = camera.warp_by_depth(raw, depth, depth_b, c, c_b)
+    return ((warped - raw_b).square() * visible).sum() / (3 * visible.sum()).clamp(min=1)
 
 
 def generator_loss(logits_fake: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How close a student is to its teacher, how consistent both are in 3D, and how fast.
+"""How close a student is to its teacher, how good and how consistent in 3D both are, and how fast.
 
 Images are in [-1, 1]; PSNR and SSIM take that as a data range of 2, after clamping.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from torch import Tensor
 from fastgen import camera
 
 from .data import Poses, generator_for, render_targets
+from .dataset import ImageDataset
+from .features import as_bytes
+from .pose import degrees
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -33,45 +37,10 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return structural_similarity_index_measure(*pair, data_range=2.0, reduction="none")
 
 
-def warp_by_depth(
-    image_a: Tensor,  # [N, 3, H, W]  seen from pose A
-    depth_a: Tensor,  # [N, 1, h, w]  world units along the ray, from pose A
-    depth_b: Tensor,  # [N, 1, h, w]  likewise from pose B
-    c_a: Tensor,  # [N, 25]
-    c_b: Tensor,  # [N, 25]
-    occlusion: float = 2.0,
-    silhouette: float = 5.0,
-) -> tuple[Tensor, Tensor]:
-    """What pose B should see, by an image from pose A and the depth of both.
-
-    Every pixel of B is lifted to its surface point, projected into A, and looked up there. It counts as
-    visible if it falls inside A, and, in units of what a pixel of the depth map covers at its distance,
-    A's depth there is within `occlusion` of the point's distance to A's camera (nothing stands before it),
-    and depth varies by less than `silhouette` over the 3 x 3 pixels around it in B (a slope of 68 degrees at
-    most: no edge of the shape). Nor does it count at the farthest depth, which is where empty rays end.
-    Returns: image [N, 3, H, W] and visibility [N, 1, H, W], boolean.
-    """
-    n, _, height, width = image_a.shape
-    covers = 1 / (c_b[:, 16].reshape(n, 1, 1, 1) * depth_b.shape[2])  # a pixel's side, per unit of distance
-    empty = depth_b >= depth_b.amax() * (1 - 1e-3)
-    # A pixel next to a silhouette mixes two depths; a window's spread finds it.
-    spread = F.max_pool2d(depth_b, 3, 1, 1) + F.max_pool2d(-depth_b, 3, 1, 1)
-    usable = (~empty & (spread < silhouette * covers * depth_b)).float()
-    depth = F.interpolate(depth_b, (height, width), mode="bilinear", align_corners=False)
-    usable = F.interpolate(usable, (height, width), mode="nearest") > 0
-
-    origins, directions = camera.rays(c_b, height)
-    points = origins + directions * depth.flatten(2).transpose(1, 2)
-    world2cam = torch.linalg.inv(c_a[:, :16].reshape(n, 4, 4))
-    local = points @ world2cam[:, :3, :3].transpose(1, 2) + world2cam[:, None, :3, 3]
-    projected = local @ c_a[:, 16:].reshape(n, 3, 3).transpose(1, 2)
-    grid = (projected[..., :2] / projected[..., 2:].clamp(min=1e-6) * 2 - 1).reshape(n, height, width, 2)
-
-    seen = F.grid_sample(depth_a, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    distance = local.norm(dim=-1).reshape(n, 1, height, width)
-    inside = (grid.abs() < 1).all(dim=-1)[:, None] & (local[..., 2] > 0).reshape(n, 1, height, width)
-    visible = usable & inside & ((seen - distance).abs() < occlusion * covers * distance)
-    return F.grid_sample(image_a, grid, mode="bilinear", padding_mode="border", align_corners=False), visible
+def sharpness(x: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels of each image [N]."""
+    x = x.clamp(-1, 1)
+    return sum(x.diff(dim=dim).abs().mean(dim=(1, 2, 3)) for dim in (2, 3)) / 2
 
 
 def pose_pairs(
@@ -90,6 +59,43 @@ def pose_pairs(
     return torch.stack([first, others[torch.arange(n), pick]], 1).flatten(0, 1)
 
 
+def fid_and_kid(
+    features: Tensor,  # [N, D]  of the images to be judged
+    reference: Tensor,  # [M, D]  of what they should be like
+    subsets: int = 100,
+    most: int = 1000,
+) -> tuple[float | None, float | None]:
+    """The Fréchet distance (Heusel et al. 2017) and the kernel distance (Binkowski et al. 2018) of features.
+
+    The second is the mean over random subsets, of a fixed seed, of `most` images or all there are; its mean
+    over draws is 0 for images alike, where the first has a bias, large unless N and M are well above D.
+    Returns: both, None where N or M is below 2. Raises: ValueError if a feature is not finite.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    pair = {False: features.double().cpu(), True: reference.double().cpu()}
+    size = min(map(len, pair.values()))
+    if size < 2:
+        return None, None
+    if not all(x.isfinite().all() for x in pair.values()):
+        raise ValueError("features: some are not finite")
+    # Given features, so that an image goes through the network once.
+    given = torch.nn.Identity()
+    given.num_features = features.shape[1]
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", UserWarning)  # that features are kept
+        torch.manual_seed(0)
+        distances = (
+            FrechetInceptionDistance(feature=given),
+            KernelInceptionDistance(feature=given, subsets=subsets, subset_size=min(size, most)),
+        )
+        for distance in distances:
+            for real, x in pair.items():
+                distance.update(x, real=real)
+        return distances[0].compute().item(), distances[1].compute()[0].item()
+
+
 @torch.no_grad()
 def evaluate(
     student: torch.nn.Module,
@@ -99,21 +105,38 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 1_000_003,
     perceptual: torch.nn.Module | None = None,
+    identity: torch.nn.Module | None = None,
+    pose: torch.nn.Module | None = None,
+    features: torch.nn.Module | None = None,
+    reference: ImageDataset | None = None,
 ) -> dict[str, float | int | str | None]:
     """Compare student and teacher at latents and poses of a seed that training does not use.
 
     Every latent is seen from two poses, A and B, at most 0.3 radians apart, with one conditioning pose.
+    perceptual: distance of images [N, 3, H, W] in [-1, 1].
+    identity:   bytes [N, 3, H, W] to embeddings [N, D] of who is seen, whatever the pose; of a module whose
+                `centred` is True, the deviations from the mean over the teacher's images count.
+    pose:       images [N, 3, H, W] in [-1, 1] to the unit vectors [N, 3] along which their cameras look.
+    features:   bytes [N, 3, H, W] to the features [N, D] that FID and KID compare, of images A.
+    reference:  what they are compared with: all images of a data set; None: as many of the teacher's, at
+                other latents.
     Returns: psnr_db and ssim (mean over images), perceptual with perceptual_name (None and 'none' without
-      one), reprojection_psnr_{teacher,student}_db (A's image warped to B by the teacher's depth against B's
-      own image; None if no pixel is visible in both), reprojection_visible (share of pixels compared), and
-      images.
+      one), sharpness (relative to the teacher's), reprojection_psnr_{teacher,student}_db (A's image warped
+      to B by the teacher's depth against B's own image; None if no pixel is visible in both),
+      reprojection_visible (share of pixels compared), and images.
+      identity_{teacher,student}: mean cosine of the embeddings of A and B, identity_others: that of different
+      latents of the teacher, with identity_name; pose_degrees_{teacher,student}: mean angle between the
+      direction found and the true one; {fid,kid}_{teacher,student} with features_name, features_size (D),
+      fid_images, and reference_images. None where the network is not given.
     """
     device = next(student.parameters()).device
-    totals: dict[str, list[Tensor]] = {"psnr_db": [], "ssim": [], "perceptual": []}
+    totals: dict[str, list[Tensor]] = {"psnr_db": [], "ssim": [], "perceptual": [], "sharpness": []}
     errors = {"teacher": 0.0, "student": 0.0}
+    embedded, turned, seen = ({name: [] for name in errors} for _ in range(3))
     pixels = visible_pixels = 0
     latents = max(1, batch_size // 2)
-    for index in range(math.ceil(images / (2 * latents))):
+    batches = math.ceil(images / (2 * latents))
+    for index in range(batches):
         random = generator_for(seed, "evaluation", index)
         z = torch.randn(latents, teacher.z_dim, generator=random).to(device)
         c = pose_pairs(poses, latents, random).to(device)
@@ -121,13 +144,20 @@ def evaluate(
         image = student.synthesis(target["ws"], c)["image"]
         totals["psnr_db"].append(psnr(image, target["image"]))
         totals["ssim"].append(ssim(image, target["image"]))
+        totals["sharpness"].append(sharpness(image) / sharpness(target["image"]).clamp(min=1e-6))
         if perceptual is not None:
             totals["perceptual"].append(perceptual(image, target["image"])[None])
         depth = target["image_depth"]
         for name, view in (("teacher", target["image"]), ("student", image)):
-            warped, visible = warp_by_depth(view[::2], depth[::2], depth[1::2], c[::2], c[1::2])
+            warped, visible = camera.warp_by_depth(view[::2], depth[::2], depth[1::2], c[::2], c[1::2])
             difference = (warped.clamp(-1, 1) - view[1::2].clamp(-1, 1)).square().mean(dim=1, keepdim=True)
             errors[name] += difference[visible].sum().item()
+            if identity is not None:
+                embedded[name].append(identity(as_bytes(view)).float().unflatten(0, (latents, 2)))
+            if pose is not None:
+                turned[name].append(degrees(pose(view), c))
+            if features is not None:
+                seen[name].append(features(as_bytes(view[::2])).double().cpu())
         pixels += visible.numel()
         visible_pixels += int(visible.sum())
     result = {key: torch.cat(values).mean().item() if values else None for key, values in totals.items()}
@@ -135,9 +165,48 @@ def evaluate(
         mean = max(total / max(visible_pixels, 1), 1e-12)
         result[f"reprojection_psnr_{name}_db"] = 10 * math.log10(4 / mean) if visible_pixels else None
     result["reprojection_visible"] = visible_pixels / pixels
-    result["perceptual_name"] = getattr(perceptual, "name", "none")
-    result["images"] = 2 * latents * math.ceil(images / (2 * latents))
-    return result
+    result["images"] = 2 * latents * batches
+
+    result["identity_others"], centre = None, 0
+    for name in errors:
+        result[f"identity_{name}"] = result[f"pose_degrees_{name}"] = None
+        if embedded[name]:
+            both = torch.cat(embedded[name])
+            if name == "teacher" and getattr(identity, "centred", False):
+                centre = both.mean(dim=(0, 1))
+            a, b = (both - centre).unbind(1)
+            result[f"identity_{name}"] = F.cosine_similarity(a, b).mean().item()
+            if name == "teacher" and len(a) > 1:
+                result["identity_others"] = F.cosine_similarity(a, b.roll(1, 0)).mean().item()
+        if turned[name]:
+            result[f"pose_degrees_{name}"] = torch.cat(turned[name]).mean().item()
+    result |= dict.fromkeys(("fid_teacher", "fid_student", "kid_teacher", "kid_student"))
+    result |= dict.fromkeys(("features_size", "fid_images", "reference_images"))
+    if features is not None:
+        if reference is None:
+            others = _images(teacher, poses, latents, batches, seed, student.neural_rendering_resolution)
+        else:
+            rows = torch.arange(len(reference)).split(batch_size)
+            others = (torch.stack([reference[i][0] for i in some.tolist()]) for some in rows)
+        like = torch.cat([features(as_bytes(view.to(device))).double().cpu() for view in others])
+        for name, found in seen.items():
+            result[f"fid_{name}"], result[f"kid_{name}"] = fid_and_kid(torch.cat(found), like)
+        result["features_size"], result["reference_images"] = like.shape[1], len(like)
+        result["fid_images"] = latents * batches
+    networks = {"perceptual": perceptual, "identity": identity, "features": features}
+    return result | {f"{key}_name": getattr(net, "name", "none") for key, net in networks.items()}
+
+
+def _images(
+    teacher: torch.nn.Module, poses: Poses, latents: int, batches: int, seed: int, resolution: int
+) -> Iterator[Tensor]:
+    """Batches of a teacher's images [latents, 3, H, W], one of each latent, that are not measured."""
+    device = next(teacher.parameters()).device
+    for index in range(batches):
+        random = generator_for(seed, "reference", index)
+        z = torch.randn(latents, teacher.z_dim, generator=random).to(device)
+        c = poses.sample(latents, random).to(device)
+        yield render_targets(teacher, teacher.mapping(z, c), c, resolution)["image"]
 
 
 def milliseconds(call: Callable[[], object], repeats: int = 10, warmup: int = 2) -> float:

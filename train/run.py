@@ -27,11 +27,13 @@ _FREE_ON_RESUME = (
     "log_every",
     "grid_every",
     "grid_images",
+    "orbit_every",
     "checkpoint_every",
     "tensorboard",
     "timeout",
     "accumulate",
     "workers",
+    "compile",
 )
 
 
@@ -81,6 +83,10 @@ class Log:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
+    def picture(self, step: int, name: str, picture: np.ndarray):  # [H, W, 3] bytes
+        if self._board is not None:
+            self._board.add_image(name, picture, step, dataformats="HWC")
+
     def __enter__(self):
         return self
 
@@ -90,12 +96,11 @@ class Log:
             self._board.close()
 
 
-class Grid:
-    """Sample grids: the teacher's images above the student's, at latents and poses unseen in training."""
+class Samples:
+    """Teacher and student at latents and poses unseen in training: grids/*.png, the teacher's images above
+    the student's, and orbits/*.mp4, films of the first of these latents."""
 
-    def __init__(
-        self, folder: Path, config: TrainConfig, teacher: nn.Module, poses: Poses, device: torch.device
-    ):
+    def __init__(self, config: TrainConfig, teacher: nn.Module, poses: Poses, device: torch.device):
         generator = generator_for(config.seed, "grid")
         z = torch.randn(config.grid_images, teacher.z_dim, generator=generator).to(device)
         c = poses.sample(config.grid_images, generator).to(device)
@@ -107,16 +112,24 @@ class Grid:
             for i in range(config.grid_images)
         ]
         self.target = {key: torch.cat([row[key] for row in rows]) for key in ("ws", "c", "image")}
-        self.folder = folder
+        self.out, self.teacher, self.camera = Path(config.out), teacher, getattr(teacher, "camera", None)
 
     @torch.no_grad()
-    def save(self, step: int, student: nn.Module) -> float:
-        """Write step_NNNNNN.png; returns the student's mean PSNR to the teacher on it, in dB."""
+    def grid(self, step: int, student: nn.Module) -> tuple[np.ndarray, float]:
+        """Write step_NNNNNN.png; returns it, and the student's mean PSNR to the teacher on it, in dB."""
         image = student.synthesis(self.target["ws"], self.target["c"])["image"]
         rows = [pictures.pixels(self.target["image"]), pictures.pixels(image)]
         sheet = pictures.sheet(rows, ["teacher", "student"], title=f"step {step}")
-        pictures.save_png(self.folder / f"step_{step:06d}.png", sheet)
-        return psnr(image, self.target["image"]).mean().item()
+        pictures.save_png(self.out / "grids" / f"step_{step:06d}.png", sheet)
+        return sheet, psnr(image, self.target["image"]).mean().item()
+
+    def orbit(self, step: int, student: nn.Module):
+        """Write step_NNNNNN.mp4, where the teacher's cameras are known."""
+        if self.camera is not None:
+            models = {"teacher": self.teacher, "student": student}
+            path = self.out / "orbits" / f"step_{step:06d}.mp4"
+            poses = self.camera.orbit(60).to(self.target["c"].device)
+            pictures.save_orbit(path, models, {f"step {step}": self.target["ws"][:1]}, poses)
 
 
 def read_checkpoint(path: Path, config: TrainConfig) -> dict | None:

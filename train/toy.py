@@ -18,7 +18,9 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 import fastgen
 from fastgen import camera, checkpoint, ops, pictures, presets
+from fastgen.models.layers import MappingNetwork
 from fastgen.models.teacher import Teacher
 
 from . import scenes
@@ -123,13 +126,17 @@ def build_teacher() -> Teacher:
         # The density has to span hundreds where colours span one.
         teacher.decoder.net[2].weight[0] *= 10
         teacher.decoder.net[2].bias[0] = -SIGMA / 4
-        # The pose is not used: its embedding stays 0, and z alone has to give w its variance.
-        mapping = teacher.backbone.mapping
-        mapping.embed.requires_grad_(False)
-        mapping.fc0.weight *= (mapping.fc0.weight.shape[1] / teacher.z_dim) ** 0.5
+        ignore_pose(teacher.mapping_network)
         for block in (teacher.superresolution.block0, teacher.superresolution.block1):
             block.torgb.weight.zero_()
     return teacher
+
+
+@torch.no_grad()
+def ignore_pose(mapping: MappingNetwork) -> None:
+    """Prepare a mapping that is given c = 0: its embedding stays 0, and z alone gives w its variance."""
+    mapping.embed.requires_grad_(False)
+    mapping.fc0.weight *= (mapping.fc0.weight.shape[1] / mapping.z_dim) ** 0.5
 
 
 def held_out(n: int) -> tuple[Tensor, Tensor]:
@@ -178,11 +185,24 @@ def field_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Ten
     """Densities around and colours at the surface, without rendering."""
     z, c = draw.normal(config.latents, scenes.Z_DIM), draw.poses(config.latents)
     planes = teacher.backbone_planes(teacher.mapping(z, c, update_emas=True), "none")
-    return field_terms(teacher, planes, scenes.heads(z), c, config.points, draw)
+    return field_terms(partial(decode, teacher, planes), scenes.heads(z), c, config.points, draw)
 
 
-def field_terms(teacher: Teacher, planes: Tensor, h: scenes.Heads, c: Tensor, count: int, draw: Draw):
-    """The field phase's losses at `count` points per head, half of them near the surface that c sees."""
+def decode(teacher: Teacher, planes: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Density and colour of planes at points [N, M, 3], as Teacher.sample."""
+    options = teacher.render_options
+    return teacher.decoder(
+        ops.sample_triplane(planes, points, options["box_warp"], options["plane_axes"], reduce="mean")
+    )
+
+
+def field_terms(
+    field: Callable[[Tensor], tuple[Tensor, Tensor]], h: scenes.Heads, c: Tensor, count: int, draw: Draw
+) -> dict[str, Tensor]:
+    """The field phase's losses at `count` points per head, half of them near the surface that c sees.
+
+    field: points [N, M, 3] -> sigma [N, M, 1], and rgb [N, M, at least 3] in about (0, 1).
+    """
     n, half = len(c), count // 2
     with torch.no_grad():
         near, _, hit = scenes.trace(h, *aim(c, draw.ball(n, half, 0.27)), steps=16)
@@ -190,9 +210,7 @@ def field_terms(teacher: Teacher, planes: Tensor, h: scenes.Heads, c: Tensor, co
         target = scenes.colour(h, near)
         points = torch.cat([near, draw.anywhere(n, count - half)], 1)
         ramp = (scenes.distance(h, points) / -SHELL).clamp(-1, 1)
-    options = teacher.render_options
-    features = ops.sample_triplane(planes, points, options["box_warp"], options["plane_axes"], reduce="mean")
-    sigma, rgb = teacher.decoder(features)
+    sigma, rgb = field(points)
     density = (sigma[..., 0] / SIGMA - ramp).square().mean()
     colour = ((rgb[:, :half, :3] * 2 - 1 - target).square() * hit).mean() * 2
     return {"density": density, "colour": colour}
@@ -200,16 +218,32 @@ def field_terms(teacher: Teacher, planes: Tensor, h: scenes.Heads, c: Tensor, co
 
 def ray_loss(teacher: Teacher, config: ToyConfig, draw: Draw) -> dict[str, Tensor]:
     """Volume-rendered single rays, each against one anywhere in its pixel; and a little of the field."""
+    z, c = draw.normal(config.latents, scenes.Z_DIM), draw.poses(config.latents)
+    planes = teacher.backbone_planes(teacher.mapping(z, c, update_emas=True), "none")
+    march = partial(render, teacher, planes, draw=draw)
+    return ray_terms(
+        partial(decode, teacher, planes), march, z, c, teacher.neural_rendering_resolution, config, draw
+    )
+
+
+def ray_terms(
+    field: Callable[[Tensor], tuple[Tensor, Tensor]],
+    march: Callable[[Tensor, Tensor], ops.RenderOutput],
+    z: Tensor,
+    c: Tensor,
+    resolution: int,
+    config: ToyConfig,
+    draw: Draw,
+) -> dict[str, Tensor]:
+    """The rays phase's losses; field as in field_terms, march renders rays, resolution is the image's."""
     n, r = config.latents, config.rays
-    z, c = draw.normal(n, scenes.Z_DIM), draw.poses(n)
-    pixel = presets.get("toy").camera.radius / (c[0, 16] * teacher.neural_rendering_resolution)
+    pixel = presets.get("toy").camera.radius / (c[0, 16] * resolution)
     targets, h = draw.anywhere(n, r), scenes.heads(z)
     with torch.no_grad():
         jitter = (draw.uniform(n, r, 2) - 0.5) * pixel
         target, _, hit = scenes.shade(h, *aim(c, targets, jitter))
-    planes = teacher.backbone_planes(teacher.mapping(z, c, update_emas=True), "none")
-    out = render(teacher, planes, *aim(c, targets), draw)
-    field = field_terms(teacher, planes, h, c, config.points // 2, draw)
+    out = march(*aim(c, targets))
+    field = field_terms(field, h, c, config.points // 2, draw)
     return {
         "raw": (out.features[..., :3] - target).square().mean(),
         "mask": (out.weight - hit.float()).square().mean(),
@@ -292,18 +326,27 @@ def evaluate(teacher: Teacher, z: Tensor, c: Tensor, truth: Tensor) -> tuple[dic
     return {"psnr_db": psnr(image, truth), "psnr_raw_db": psnr(raw, F.avg_pool2d(truth, 2))}, image
 
 
-def train(config: ToyConfig) -> Teacher:
-    """One run; returns the averaged teacher, which is also in out/teacher.safetensors."""
+def train(
+    config: ToyConfig,
+    build: Callable[[], nn.Module] = build_teacher,
+    losses: dict[str, Callable] | None = None,
+) -> nn.Module:
+    """One run; returns the averaged teacher, which is also in out/teacher.safetensors.
+
+    build and losses, those of the phases 'field', 'rays' and 'image', make it a run of another generator.
+    """
+    losses_of = losses or {"field": field_loss, "rays": ray_loss, "image": image_loss}
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if config.device == "auto" else config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     out = pictures.prepare_folder(config.out)
     torch.manual_seed(config.seed)
-    teacher, average = build_teacher().to(device), build_teacher().to(device)
+    teacher, average = build().to(device), build().to(device)
     average.load_state_dict(teacher.state_dict())
-    mapping = [p for p in teacher.backbone.mapping.parameters() if p.requires_grad]
-    rest = [p for name, p in teacher.named_parameters() if not name.startswith("backbone.mapping")]
+    mapping = [p for p in teacher.mapping_network.parameters() if p.requires_grad]
+    among = {id(p) for p in teacher.mapping_network.parameters()}
+    rest = [p for p in teacher.parameters() if id(p) not in among]
     groups = [{"params": rest, "scale": 1.0}, {"params": mapping, "scale": config.lr_mapping}]
     adam = torch.optim.Adam(groups, lr=config.lr, betas=(0.9, 0.99), eps=1e-10)
     draw = Draw(config.seed, device)
@@ -334,8 +377,7 @@ def train(config: ToyConfig) -> Teacher:
     done = progress()
     while done < 1:
         phase = "field" if done < config.rays_from else "rays" if done < config.image_from else "image"
-        loss_of = {"field": field_loss, "rays": ray_loss, "image": image_loss}[phase]
-        losses = loss_of(teacher, config, draw)
+        losses = losses_of[phase](teacher, config, draw)
         adam.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         for group in adam.param_groups:

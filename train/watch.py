@@ -42,6 +42,7 @@ def dry_run(config: TrainConfig) -> str:
             hr_interval=1,
             log_every=1,
             grid_every=0,
+            orbit_every=0,
             checkpoint_every=0,
             tensorboard=False,
             resume=False,

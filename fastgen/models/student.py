@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import camera
 from .layers import MappingNetwork, SynthesisNetwork, channels_at, require_shape
-from .superresolution import SuperResolution
+from .superresolution import SHAPES, SuperResolution
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,38 @@ class RayMaps(nn.Module):
         return getattr(self, f"r{resolution}")(maps)
 
 
+def _same(teacher: nn.Module, shape: Size) -> dict:
+    """The super-resolution's arguments: the teacher's, at most as wide as `shape` has it."""
+    kwargs = dict(teacher.config["superresolution_kwargs"])
+    if shape.superresolution is not None:
+        blocks = teacher.superresolution.block0, teacher.superresolution.block1
+        widths = [block.conv1.weight.shape[0] for block in blocks]
+        kwargs["channels"] = [min(a, b) for a, b in zip(widths, shape.superresolution, strict=True)]
+    return {
+        "superresolution": teacher.config["superresolution"],
+        "superresolution_kwargs": kwargs,
+        "sr_antialias": teacher.rendering_kwargs["sr_antialias"],
+        "superresolution_noise_mode": teacher.rendering_kwargs["superresolution_noise_mode"],
+    }
+
+
+def _from_scratch(teacher: nn.Module, shape: Size) -> dict:
+    """The same of a teacher that has none: the first that makes images of its resolution, in float32."""
+    names = {s.output: name for name, s in reversed(SHAPES.items())}
+    if teacher.img_resolution not in names:
+        sizes = ", ".join(map(str, sorted(names)))
+        raise ValueError(f"Student: img_resolution must be one of {sizes}, got {teacher.img_resolution}")
+    name = names[teacher.img_resolution]
+    most = shape.superresolution or (shape.channel_max, shape.channel_max // 2)
+    channels = [min(a, b) for a, b in zip(SHAPES[name].channels, most, strict=True)]
+    return {"superresolution": name, "superresolution_kwargs": {"channels": channels, "num_fp16_res": 0}}
+
+
 class Student(nn.Module):
     """The convolutional renderer with the teacher's call shape.
 
-    z_dim, c_dim, w_dim, num_ws, mapping_layers: the teacher's mapping
+    z_dim, c_dim, w_dim, num_ws, mapping_layers: the teacher's mapping; 0 layers: there is none, and ws are
+                          the teacher's own
     conditioning_scale:   what that mapping's c is multiplied by; 0 where the teacher ignores it
     img_resolution, neural_rendering_resolution, feature_channels: the images', as the teacher's
     channel_base, channel_max: the renderer's width, min(channel_base // resolution, channel_max)
@@ -119,8 +147,10 @@ class Student(nn.Module):
             superresolution_noise_mode,
         )
 
-        self.teacher_mapping = MappingNetwork(z_dim, c_dim, w_dim, num_ws, mapping_layers)
-        self.teacher_mapping.requires_grad_(False)
+        self.teacher_mapping = None
+        if mapping_layers > 0:
+            self.teacher_mapping = MappingNetwork(z_dim, c_dim, w_dim, num_ws, mapping_layers)
+            self.teacher_mapping.requires_grad_(False)
         self.renderer = SynthesisNetwork(
             style_dim, neural_rendering_resolution, feature_channels, channel_base, channel_max
         )
@@ -158,29 +188,28 @@ class Student(nn.Module):
         neural_rendering_resolution: int | None = None,
         **overrides,
     ) -> Student:
-        """A new student of a teacher: its mapping copied and frozen, its super-resolution as the start.
+        """A new student of a teacher, of which it takes what there is; see fastgen.train.data.NerfGan.
 
+        `teacher.mapping_network`, a MappingNetwork, is copied and frozen, and `teacher.conditioning_scale` (1
+        without) is what its c is multiplied by; without one the student's `mapping` raises ValueError, and ws
+        are the teacher's own. `teacher.superresolution`, as EG3D's Teacher has it, is the start of the
+        student's, or, where the widths differ ('compact'), its model; without one it is made for the
+        teacher's img_resolution, and only enlarges to begin with.
         size: one of SIZES. neural_rendering_resolution None: the teacher's. overrides: of the constructor's
-        arguments. Where the super-resolution's widths differ from the teacher's ('compact'), it starts from
-        scratch.
+        arguments.
         """
         if size not in SIZES:
             raise ValueError(f"Student: size must be one of {', '.join(SIZES)}, got {size!r}")
-        shape, kwargs, mapping = SIZES[size], teacher.rendering_kwargs, teacher.backbone.mapping
-        superresolution_kwargs = dict(teacher.config["superresolution_kwargs"])
-        if shape.superresolution is not None:
-            block0, block1 = teacher.superresolution.block0, teacher.superresolution.block1
-            widths = (block0.conv1.weight.shape[0], block1.conv1.weight.shape[0])
-            superresolution_kwargs["channels"] = [
-                min(a, b) for a, b in zip(widths, shape.superresolution, strict=True)
-            ]
+        shape, mapping = SIZES[size], getattr(teacher, "mapping_network", None)
+        mapping = mapping if isinstance(mapping, MappingNetwork) else None
+        start = getattr(teacher, "superresolution", None)
         config = {
             "z_dim": teacher.z_dim,
             "c_dim": teacher.c_dim,
             "w_dim": teacher.w_dim,
             "num_ws": teacher.num_ws,
-            "mapping_layers": mapping.num_layers,
-            "conditioning_scale": 0.0 if kwargs["c_gen_conditioning_zero"] else float(kwargs["c_scale"]),
+            "mapping_layers": mapping.num_layers if mapping is not None else 0,
+            "conditioning_scale": getattr(teacher, "conditioning_scale", 1.0),
             "img_resolution": teacher.img_resolution,
             "neural_rendering_resolution": neural_rendering_resolution or teacher.neural_rendering_resolution,
             "feature_channels": teacher.feature_channels,
@@ -188,15 +217,16 @@ class Student(nn.Module):
             "channel_max": shape.channel_max,
             "style_dim": shape.style_dim,
             "style_lr_multiplier": shape.style_lr_multiplier,
-            "superresolution": teacher.config["superresolution"],
-            "superresolution_kwargs": superresolution_kwargs,
-            "sr_antialias": kwargs["sr_antialias"],
-            "superresolution_noise_mode": kwargs["superresolution_noise_mode"],
         }
+        config |= _from_scratch(teacher, shape) if start is None else _same(teacher, shape)
         student = cls(**config | overrides)
-        student.teacher_mapping.load_state_dict(mapping.state_dict())
-        if student.config["superresolution_kwargs"] == teacher.config["superresolution_kwargs"]:
-            student.superresolution.load_state_dict(teacher.superresolution.state_dict())
+        if mapping is not None:
+            student.teacher_mapping.load_state_dict(mapping.state_dict())
+        if start is None:
+            for block in (student.superresolution.block0, student.superresolution.block1):
+                nn.init.zeros_(block.torgb.weight)
+        elif student.config["superresolution_kwargs"] == teacher.config["superresolution_kwargs"]:
+            student.superresolution.load_state_dict(start.state_dict())
         return student
 
     def renderer_parameters(self) -> Iterator[nn.Parameter]:
@@ -213,9 +243,11 @@ class Student(nn.Module):
         truncation_cutoff: int | None = None,
         update_emas: bool = False,
     ) -> Tensor:
-        """The teacher's mapping: ws [N, num_ws, w_dim]."""
+        """The teacher's mapping: ws [N, num_ws, w_dim]. ValueError where it had none to copy."""
         require_shape("Student.mapping", "z", z, (None, self.z_dim), "[N, z_dim]")
         require_shape("Student.mapping", "c", c, (None, self.c_dim), "[N, c_dim]")
+        if self.teacher_mapping is None:
+            raise ValueError("Student.mapping: the teacher had no mapping_network to copy; its ws are needed")
         return self.teacher_mapping(
             z, c * self.conditioning_scale, truncation_psi, truncation_cutoff, update_emas
         )

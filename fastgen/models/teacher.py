@@ -145,6 +145,17 @@ class Teacher(nn.Module):
         self.decoder = TriplaneDecoder(plane_channels, decoder_hidden, feature_channels, lr_multiplier)
 
     @property
+    def mapping_network(self) -> MappingNetwork:
+        """What makes ws; a student copies it."""
+        return self.backbone.mapping
+
+    @property
+    def conditioning_scale(self) -> float:
+        """What `mapping` multiplies c by: c_scale, or 0 with c_gen_conditioning_zero."""
+        kwargs = self.rendering_kwargs
+        return 0.0 if kwargs["c_gen_conditioning_zero"] else float(kwargs["c_scale"])
+
+    @property
     def render_options(self) -> dict:
         """The options of `ops.render_triplane`."""
         return {k: self.rendering_kwargs[k] for k in RENDER_OPTIONS} | {"plane_axes": self.plane_axes}
@@ -163,8 +174,8 @@ class Teacher(nn.Module):
         """
         require_shape("Teacher.mapping", "z", z, (None, self.z_dim), "[N, z_dim]")
         require_shape("Teacher.mapping", "c", c, (None, self.c_dim), "[N, c_dim]")
-        scale = 0 if self.rendering_kwargs["c_gen_conditioning_zero"] else self.rendering_kwargs["c_scale"]
-        return self.backbone.mapping(z, c * scale, truncation_psi, truncation_cutoff, update_emas)
+        c = c * self.conditioning_scale
+        return self.mapping_network(z, c, truncation_psi, truncation_cutoff, update_emas)
 
     def backbone_planes(self, ws: Tensor, noise_mode: str = "const") -> Tensor:  # [N, num_ws, w_dim]
         """Returns: planes [N, 3, plane_channels, plane_resolution, plane_resolution]."""
@@ -210,14 +221,18 @@ class Teacher(nn.Module):
         noise_mode: str = "const",
         u_coarse: Tensor | None = None,
         u_fine: Tensor | None = None,
+        final: bool = True,
     ) -> dict[str, Tensor]:
         """Styles to images: backbone_planes, render, super_resolve. The noise mode is the backbone's.
 
-        Returns: image [N, 3, H, W], and image_raw, image_depth, feature_image as `render` gives them.
+        Returns: image [N, 3, H, W] if `final`, and image_raw, image_depth, feature_image as `render` gives
+        them.
         """
         rendered = self.render(
             self.backbone_planes(ws, noise_mode), c, neural_rendering_resolution, u_coarse, u_fine
         )
+        if not final:
+            return rendered
         return {"image": self.super_resolve(rendered["feature_image"], ws)} | rendered
 
     def sample(self, xyz: Tensor, ws: Tensor, noise_mode: str = "const") -> tuple[Tensor, Tensor]:

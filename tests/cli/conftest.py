@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -65,6 +66,11 @@ def files(tmp_path_factory) -> dict[str, Path]:
     with zipfile.ZipFile(paths["zip"], "w") as archive:
         archive.writestr("dataset.json", '{"labels": []}')
     paths["zip"].write_bytes(paths["zip"].read_bytes().replace(b'{"labels"', b'{"lapels"'))
+    network = torch.nn.Sequential(torch.nn.Upsample((2, 2)), torch.nn.Flatten()).eval()
+    paths["network"] = folder / "network.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.trace(network, torch.zeros(2, 3, 128, 128, dtype=torch.uint8)).save(paths["network"])
     vgg = {f"features.{i}.{part}": torch.zeros(1) for i in VGG for part in ("weight", "bias")}
     paths["vgg"], paths["biasless"] = folder / "vgg.pth", folder / "biasless.pth"
     torch.save(vgg, paths["vgg"])

@@ -18,11 +18,11 @@ import fastgen
 from fastgen import __main__ as cli
 from fastgen import _backends, checkpoint, pictures
 from fastgen.__main__ import main, parse_seeds
-from fastgen.camera import angles
+from fastgen.camera import CameraDistribution, angles
 from fastgen.train import demo, toy
 from fastgen.train.config import PRESETS
 from fastgen.train.data import generator_for
-from fastgen.train.dataset import ImageDataset
+from fastgen.train.dataset import ImageDataset, write_zip
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,6 +72,7 @@ def test_start_imports_no_heavy_package():
         ("data", ["check", "toy"]),
         ("data check", ["FILE", "--deep", "--workers", "--preset"]),
         ("data toy", ["OUT.zip", "N", "--resolution", "--seed"]),
+        ("evaluate", ["--student FILE", "--teacher", "--data", "--features", "--pose", "--json FILE.json"]),
         ("demo", ["--out", "--minutes", "--length", "side_by_side.png"]),
     ],
 )
@@ -239,6 +240,35 @@ def test_train_resumes(files, tmp_path, capsys):
     (out / "config.json").write_text('{"batch_size": ')
     assert main(again) == 2
     assert "config.json: not JSON" in capsys.readouterr().err
+
+
+def test_evaluate(files, tmp_path, capsys):
+    data, out = tmp_path / "a.zip", tmp_path / "new" / "a.json"
+    pair = ["--student", str(files["student.safetensors"]), "--teacher", str(files["teacher.safetensors"])]
+    pair += ["--identity", str(files["network"])]
+    c = CameraDistribution().sample(3).tolist()
+    write_zip(data, [(np.random.randint(0, 256, (128, 128, 3), dtype=np.uint8), label) for label in c])
+    arguments = f"--features {files['network']} --data {data} --pose toy --json {out}".split()
+    assert main(["evaluate", *pair, "--images", "5", "--device", "cpu", *arguments]) == 0
+    found, said = json.loads(out.read_text()), capsys.readouterr().out
+    rows = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in said.splitlines()}
+    assert rows["8 images"] == ["teacher", "student"] and found["images"] == 8
+    assert rows["PSNR to the teacher, dB"] == [f"{found['psnr_db']:.2f}"]
+    assert rows["FID by network.pt"] == [f"{found[f'fid_{who}']:.4g}" for who in ("teacher", "student")]
+    assert rows["KID by network.pt"] == [f"{found[f'kid_{who}']:.4g}" for who in ("teacher", "student")]
+    turned = [f"{found[f'pose_degrees_{who}']:.2f}" for who in ("teacher", "student")]
+    cosines = [f"{found[f'identity_{who}']:.3f}" for who in ("teacher", "student")]
+    assert rows["Identity at two poses, cosine of network.pt"] == cosines
+    assert rows["Pose, mean error in degrees"] == turned
+    assert "4 images, one of each latent, against 3 of the data set, by 12 features; so few" in said
+    assert found["options"]["data"] == str(data) and found["machine"] and found["versions"]["fastgen"]
+
+    assert main(["evaluate", *pair, "--images", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "FID and KID: not measured" in said and "Pose: not measured" in said and "FID by" not in said
+    write_zip(data, [(np.zeros((16, 16, 3), dtype=np.uint8), c[0])])
+    assert main(["evaluate", *pair, *arguments]) == 2
+    assert "data: " in (said := capsys.readouterr().err) and "of 16 pixels, the teacher makes 128" in said
 
 
 def test_data_sets_of_the_toy_are_repeatable(tmp_path, capsys):

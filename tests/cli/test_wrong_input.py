@@ -105,6 +105,25 @@ WRONG = {
         "train --teacher {teacher} --out {tmp}/t --perceptual-weights {biasless}",
         "perceptual_weights: .* no features.28.bias",
     ),
+    "no student": ("evaluate --teacher toy", "^fastgen evaluate: missing --student"),
+    "missing student to evaluate": ("evaluate --student {tmp}/no.pt --teacher toy", "no.pt: no such"),
+    "student of another teacher": (
+        "evaluate --student {student} --teacher toy",
+        "student: .*student.safetensors was distilled from another teacher than toy",
+    ),
+    "nothing to evaluate on": ("evaluate {pair} --images 0", "images must be from 1 to 10000000, got 0"),
+    "missing features": ("evaluate {pair} --features {tmp}/no.pt", "features: no such file: .*no.pt"),
+    "text as features": ("evaluate {pair} --features {text}", "features: .*a.txt is none of TorchScript, "),
+    "VGG16 as features": ("evaluate {pair} --features {vgg}", "features: .*vgg.pth is none of TorchScript"),
+    "text as identity": ("evaluate {pair} --identity {text}", "identity: .*a.txt is none of TorchScript, "),
+    "data without features": ("evaluate {pair} --data {zip}", "data: FID and KID, .*, need --features"),
+    "damaged data": ("evaluate {pair} --features {network} --data {zip}", "data: .*damaged.zip is damaged"),
+    "missing pose network": ("evaluate {pair} --pose {tmp}/no.safetensors", "pose: no such file"),
+    "text as pose network": ("evaluate {pair} --pose {text}", "pose: .*a.txt is not a file of python -m"),
+    "student as pose network": ("evaluate {pair} --pose {student}", "pose: .*is not a file of python -m"),
+    "unknown camera of evaluate": ("evaluate {pair} --camera moon", "camera must be one of auto, .*'moon'"),
+    "missing weights of evaluate": ("evaluate {pair} --perceptual-weights {tmp}/v.pth", "perceptual_weights"),
+    "wrong ending of json": ("evaluate {pair} --json {tmp}/a.txt", "a.txt: the file name must end in .json"),
     "unprintable": ("render --model {teacher} --camera \x1b[2J\x07 --grid {tmp}/a.png", "camera must be"),
 }
 
@@ -117,6 +136,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, files, tmp_
         "tmp": tmp_path,
         "teacher": files["teacher.safetensors"],
         "student": files["student.safetensors"],
+        "pair": f"--student {files['student.safetensors']} --teacher {files['teacher.safetensors']}",
         "small": f"--teacher {files['teacher.safetensors']} --perceptual none",
     }
     arguments = arguments.format(text=files["a.txt"], folder=tmp_path / "folder.png", **places).split()

@@ -50,6 +50,19 @@ def test_targets_are_copies_taken_before_super_resolution(teacher):
     assert equal(render_targets(polluting, ws, c), render_targets(teacher, ws, c))
 
 
+@pytest.mark.parametrize("replay, views", [(0, 4), (16, 2)])
+def test_poses_of_a_latent_stay_together_for_consistency(teacher, config, replay, views):
+    config = dataclasses.replace(
+        config, batch_size=8, poses_per_latent=4, replay=replay, lambda_consistency=1.0
+    )
+    assert config.views == views
+    batch = TargetStream(teacher, teacher.camera, config, CPU).batch(3)
+    ws, c = (batch[name].unflatten(0, (views, -1)) for name in ("ws", "c"))
+    assert torch.equal(ws, ws[:1].expand_as(ws))
+    assert all(not torch.equal(c[0, i], c[1, i]) for i in range(c.shape[1]))
+    assert batch["image_depth"].shape == (8, 1, 16, 16)
+
+
 def test_batches_depend_on_the_step_alone(teacher, config):
     config = dataclasses.replace(config, batch_size=4, poses_per_latent=2)
     stream = TargetStream(teacher, teacher.camera, config, CPU)

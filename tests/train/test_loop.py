@@ -1,6 +1,8 @@
 """The loop: both stages, exact continuation, averaging, signals, and what a run leaves on disk."""
 
+import copy
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -14,12 +16,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
 from torch import nn
 
 import fastgen
 from fastgen.camera import mirror
 from fastgen.train import loop
 from fastgen.train.config import TrainConfig
+from fastgen.train.data import TargetStream
 from fastgen.train.dataset import write_zip
 from fastgen.train.loop import distil
 
@@ -45,7 +49,7 @@ def interrupt_at(monkeypatch, call: int):
 
 
 def test_two_stages(teacher, config, tmp_path):
-    config = dataclasses.replace(config, grid_every=3, grid_images=2, tensorboard=True)
+    config = dataclasses.replace(config, grid_every=3, grid_images=2, orbit_every=4, tensorboard=True)
     before = {name: p.clone() for name, p in teacher.state_dict().items()}
     run = distil(config, teacher, progress=False)
     assert run.step == 6 and not run.interrupted
@@ -62,7 +66,10 @@ def test_two_stages(teacher, config, tmp_path):
     assert sorted(path.name for path in (out / "grids").iterdir()) == ["step_000003.png", "step_000006.png"]
     assert [line["step"] for line in stats(out) if "heldout_psnr_db" in line] == [3, 6]
     assert TrainConfig.load(out / "config.json") == config
-    assert list(out.glob("events.out.tfevents.*"))
+    assert [path.name for path in (out / "orbits").iterdir()] == ["step_000004.mp4"]
+    events = event_accumulator.EventAccumulator(str(out)).Reload()
+    assert [event.step for event in events.Images("samples")] == [3, 6]
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert not list(out.glob("*.part*"))
     # The teacher is frozen; the student moved, its copy of the mapping did not.
     assert all(torch.equal(p, before[name]) for name, p in teacher.state_dict().items())
@@ -86,6 +93,55 @@ def test_reconstruction_improves(teacher, config):
     lines = [line for line in stats(config.out) if "hr_pixel" in line]
     assert not any("discriminator" in line for line in stats(config.out))
     assert sum(line["loss"] for line in lines[-4:]) < 0.7 * sum(line["loss"] for line in lines[:4])
+
+
+def test_precision_and_compile(teacher, config, tmp_path, monkeypatch):
+    """bfloat16 to its accuracy, compiled to rounding; Inductor itself takes minutes, so its graphs alone."""
+    config = dataclasses.replace(config, stage1_steps=2, stage2_steps=2, growth=((4, 1, 2),))
+    losses = {}
+    monkeypatch.setattr(loop.torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for name, changes in {
+        "as ever": {},
+        "compiled": {"compile": True},
+        "bfloat16": {"precision": "bfloat16"},
+    }.items():
+        run = dataclasses.replace(config, out=str(tmp_path / name), **changes)
+        distil(run, copy.deepcopy(teacher), progress=False)
+        losses[name] = torch.tensor([line["loss"] for line in stats(run.out)])
+    torch.testing.assert_close(losses["compiled"], losses["as ever"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses["bfloat16"], losses["as ever"], rtol=0.03, atol=0)
+    assert not torch.equal(losses["bfloat16"], losses["as ever"])
+
+
+@pytest.mark.gpu
+def test_targets_rendered_ahead_are_the_same(teacher, config, tmp_path, monkeypatch):
+    losses = []
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(TargetStream, "prefetch", lambda self, step: None)
+        run = dataclasses.replace(
+            config, out=str(tmp_path / str(ahead)), device="cuda", replay=8, replay_reuse=2.0
+        )
+        distil(run, copy.deepcopy(teacher), progress=False)
+        losses.append([line["loss"] for line in stats(run.out)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_consistency_falls_where_it_is_asked_for(teacher, config, tmp_path):
+    last = {}
+    for weight in (1e-6, 100.0):
+        run = dataclasses.replace(
+            config,
+            out=str(tmp_path / str(weight)),
+            lambda_consistency=weight,
+            batch_size=4,
+            poses_per_latent=2,
+            stage1_steps=25,
+            stage2_steps=0,
+        )
+        distil(run, teacher, progress=False)
+        last[weight] = stats(run.out)[-1]["consistency"]
+    assert 0 < last[100.0] < 0.5 * last[1e-6]
 
 
 def test_growth_and_rare_final_images(teacher, config):

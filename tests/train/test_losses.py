@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from fastgen import presets
 from fastgen.models.discriminator import DualDiscriminator
 from fastgen.train.losses import (
     Perceptual,
+    consistency,
     discriminator_loss,
     generator_loss,
     make_perceptual,
@@ -34,6 +36,21 @@ def test_reconstruction():
         torch.testing.assert_close(terms[name], expected)
     del student["image"]
     assert list(reconstruction_terms(student, target, None)) == ["lr_pixel"]
+
+
+def test_consistency():
+    """From one pose alone a warp changes nothing; and the next pose of three is the first, after the last."""
+    c = presets.get("toy").camera.sample(2).repeat(3, 1)
+    raw = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    # A depth of another value somewhere, or all would count as empty.
+    depth = torch.full((6, 1, 16, 16), 2.7)
+    depth[:, :, 0, 0] = 3
+    same = raw[:2].repeat(3, 1, 1, 1)
+    assert consistency(same, depth, c, 3) < 1e-8
+    assert consistency(raw, depth, c, 3) > 0.3
+    only = same.clone()
+    only[:2] += 0.5  # differs from the second pose's, and the third pose's from it
+    assert consistency(only, depth, c, 3).item() == pytest.approx(2 / 3 * 0.25, rel=1e-3)
 
 
 def test_adversarial():
