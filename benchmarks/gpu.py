@@ -7,6 +7,7 @@ memcheck, racecheck, initcheck
             compute-sanitizer's tools over a few of the tests on CUDA C++, where it is installed
 bench       every benchmark, each behind its correctness gate, but for torch.compile
 compile     the benchmarks of torch.compile, which take longest to start
+train       a training step of ffhq512, batch 32, random weights: images/s, memory, the teacher's share
 report      results/<card>.csv, a table and a plot of the newest bench
 
 Each step has its own time and its own log in the folder; what a step does not finish is stopped, and the next
@@ -48,7 +49,7 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
     python = [sys.executable]
     parallel = ["-n", str(os.cpu_count())] if importlib.util.find_spec("xdist") and not dry_run else []
     test = [*python, "-m", "pytest", *parallel, "-p", "no:cacheprovider"]
-    tests = ["tests/ops/test_bias_act.py"] if dry_run else ["tests/ops", "tests/models", "-m"]
+    tests = ["tests/ops/test_bias_act.py"] if dry_run else ["tests/ops", "tests/models", "tests/train", "-m"]
     cuda, both = ([], []) if dry_run else (["gpu"], ["gpu or triton"])
     tools = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ['PATH']}"
     sanitizer, nvcc = shutil.which("compute-sanitizer", path=tools), shutil.which("nvcc", path=tools)
@@ -86,6 +87,7 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
             "compile", 50, [*bench, "-k", "compile", f"--benchmark-json={out}/compile.json"], {},
             "a dry run compiles nothing" if dry_run else "",
         ),
+        Step("train", 60, [*python, "benchmarks/train_step.py", *(["--preset", "toy"] if dry_run else [])]),
         Step(
             "report", 15,
             [*python, "benchmarks/report.py", *(f"{out}/{name}.json" for name in ("bench", "compile")),

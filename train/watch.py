@@ -16,22 +16,25 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from .config import TrainConfig
+from .data import TargetStream
 from .loop import distil
+from .metrics import milliseconds
 
 
-def dry_run(config: TrainConfig) -> str:
+def dry_run(config: TrainConfig, teacher: nn.Module | None = None) -> str:
     """The resolved configuration, what the networks hold, and what a step of each stage takes here.
 
-    Does two steps of each stage with whole feature maps and the final image's terms, in a folder of its own;
-    the second one is timed.
+    Does three steps of each stage with whole feature maps and the final image's terms, in a folder of its
+    own; the last one is timed. `teacher` as for `distil`.
     """
     stages = {
         "stage 1": config.stage1_steps > sum(p[1] for p in config.growth),
         "stage 2": config.stage2_steps > 0,
     }
-    steps = {name: 2 * there for name, there in stages.items()}
+    steps = {name: 3 * there for name, there in stages.items()}
     with tempfile.TemporaryDirectory() as folder:
         short = dataclasses.replace(
             config,
@@ -47,14 +50,16 @@ def dry_run(config: TrainConfig) -> str:
             tensorboard=False,
             resume=False,
         )
-        run = distil(short, progress=False)
+        run = distil(short, teacher, progress=False)
         lines = [json.loads(line) for line in (Path(folder) / "stats.jsonl").read_text().splitlines()]
     parts = {"student": run.student, "teacher": run.teacher}
     text = [json.dumps(dataclasses.asdict(config), indent=2), ""]
     text += [
         f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters" for name, part in parts.items()
     ]
-    trained = sum(p.numel() for p in run.student.parameters() if p.requires_grad)
+    # The average is frozen, all of it.
+    named = run.student.named_parameters()
+    trained = sum(p.numel() for name, p in named if not name.startswith("teacher_mapping"))
     text.append(
         f"trained: {trained:,} of the student's; with gradients, Adam and average {20 * trained >> 20} MiB"
     )
@@ -65,6 +70,12 @@ def dry_run(config: TrainConfig) -> str:
             every = config.batch_size / seconds
             text.append(f"{name}: {seconds:.2f} s a step of {config.batch_size} images, {every:.1f} images/s")
         done += count
+    device = next(run.student.parameters()).device
+    # A stock of targets makes some of a step's; without one, a step waits for all.
+    fresh = dataclasses.replace(short, replay=0, replay_reuse=1.0, lambda_consistency=0.0)
+    stream = TargetStream(run.teacher, run.poses, fresh, device)
+    seconds = milliseconds(lambda: stream.batch(0), repeats=1, warmup=1) / 1e3 / config.replay_reuse
+    text.append(f"of each step, the teacher's targets: {seconds:.2f} s")
     text.append(f"most memory in these steps: {_peak() >> 20} MiB")
     return "\n".join(text)
 

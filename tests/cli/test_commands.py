@@ -418,8 +418,17 @@ def test_train_dry_run_and_watch(files, tmp_path, capsys):
     assert main([*small, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert '"batch_size": 2,' in said and not out.exists()
-    for words in ("student: ", "teacher: ", "stage 1: ", "stage 2: ", " s a step of 2 images", "most memory"):
+    for words in (
+        "student: ",
+        "teacher: ",
+        "stage 1: ",
+        "stage 2: ",
+        " s a step of 2 images",
+        "the teacher's targets: ",
+        "most memory",
+    ):
         assert words in said, words
+    assert "trained: 0 " not in said
     assert main(["train", "--watch", str(out)]) == 2
     assert capsys.readouterr().err == f"fastgen train: watch: {out} holds no run\n"
     assert main(small) == 0
