@@ -323,7 +323,8 @@ def test_train_on_a_data_set(tmp_path, capsys):
     arguments = (
         f"train --teacher toy --out {out} --reals {reals} --mirror --workers 2 --batch-size 2 --growth"
         " --replay 0 --replay-reuse 1 --poses-per-latent 1 --lambda-consistency 0 --stage1-steps 3"
-        " --stage2-steps 3 --log-every 1 --neural-rendering-resolution 16 --discriminator-channels 128 --discriminator-channel-max 8"
+        " --stage2-steps 3 --log-every 1 --neural-rendering-resolution 16 --discriminator-channels 128"
+        " --discriminator-channel-max 8"
         " --grid-every 0 --no-tensorboard --device cpu"
     )
     assert main(arguments.split()) == 0
