@@ -7,8 +7,9 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 # The GPU checks run where nothing can be installed too: there the checkout itself is used, with PYTHON.
 HERE = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 
-# A process for each core: the interpreter of Triton's kernels uses but one.
-INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+# A process for each core: threads that wait for each other cost small tests more than they give.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+INTERPRETED = TRITON_INTERPRET=1 $(PYTEST)
 
 # Tests on a copy of the package that a sanitizer (GCC's) watches: folder, FASTGEN_CUDA, FASTGEN_SANITIZE, what
 # is loaded first, tests.
@@ -28,7 +29,7 @@ demo: $(STAMP)
 	$(BIN)/fastgen demo --out "$(OUT)/demo"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The ops' tests over Triton's kernels, interpreted on the CPU, and what the compiler makes of every kernel.
 test-triton: $(STAMP)

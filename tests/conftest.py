@@ -25,6 +25,18 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=list(left_out))
 
 
+# Of several processes (pytest-xdist) each collects all tests, and the one that reports collects none.
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["deselected"] = _deselected
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    global _deselected
+    _deselected = getattr(node, "workeroutput", {}).get("deselected", _deselected)
+
+
 def pytest_terminal_summary(terminalreporter):
     if not torch.cuda.is_available():
         terminalreporter.write_line(f"{_deselected} tests marked gpu or triton did not run: no CUDA device")
