@@ -268,7 +268,7 @@ def _ray_map(graph: _Graph, maps: RayMaps, c: str, size: int) -> str:
     line = graph("Concat", d, graph("Sub", graph("Mul", o1, d2), graph("Mul", o2, d1)), axis=1)
     scaled = [graph("Mul", line, graph.constant(frequency)) for frequency in maps.frequencies]
     waves = [graph(wave, x) for x in scaled for wave in ("Sin", "Cos")]
-    weight = getattr(maps, f"r{size}").weight
+    weight = getattr(maps, f"r{size}").weight * maps.gain
     shape = graph.constant([0, weight.shape[1], size, size])  # 0: N
     lines = graph("Reshape", graph("Concat", line, *waves, axis=1), shape)
     return graph("Conv", graph.half(lines), graph.constant(weight, half=True))

@@ -43,7 +43,7 @@ class RayMaps(nn.Module):
 
     A ray of origin o and direction d is the line (d, o x d), Plücker's coordinates, which do not depend on
     where along it o lies; each of the six is encoded by sines and cosines of four frequencies. A 1x1
-    convolution, zero to begin with, turns the 54 numbers into a block's channels.
+    convolution, zero to begin with, turns the 54 numbers into a block's channels; equalised, as the others.
     """
 
     frequencies = (1.0, 2.0, 4.0, 8.0)
@@ -51,6 +51,7 @@ class RayMaps(nn.Module):
     def __init__(self, channels: dict[int, int]):  # by resolution
         super().__init__()
         features = 6 * (1 + 2 * len(self.frequencies))
+        self.gain = features**-0.5
         for resolution, width in channels.items():
             layer = nn.Conv2d(features, width, 1, bias=False)
             nn.init.zeros_(layer.weight)
@@ -62,7 +63,7 @@ class RayMaps(nn.Module):
         line = torch.cat([directions, torch.linalg.cross(origins, directions)], -1)
         waves = [f(line * frequency) for frequency in self.frequencies for f in (torch.sin, torch.cos)]
         maps = torch.cat([line, *waves], -1).transpose(1, 2).unflatten(2, (resolution, resolution))
-        return getattr(self, f"r{resolution}")(maps)
+        return getattr(self, f"r{resolution}")(maps) * self.gain
 
 
 def _same(teacher: nn.Module, shape: Size) -> dict:
