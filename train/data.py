@@ -150,7 +150,7 @@ class TargetStream:
             target = render_targets(
                 self.teacher, ws, c.flatten(0, 1).to(self.device), resolution, final=phase.resolution is None
             )
-        if not config.lambda_consistency:
+        if config.views == 1 or phase.resolution:
             del target["image_depth"]
         target = {name: t.float() for name, t in target.items()}
         if poses > 1:
@@ -205,7 +205,7 @@ class TargetStream:
 
     def _picks(self, phase: Phase, random: torch.Generator) -> list[tuple[int, int]]:
         """This process's share of a batch from the stock: numbers of chunks, and rows in them."""
-        views, batch = self.config.views, phase.batch_size
+        views, batch = 1 if phase.resolution else self.config.views, phase.batch_size
         if views == 1:
             order = torch.randperm(len(self._kept) * batch, generator=random)[:batch]
             return [divmod(i, batch) for i in self.world.share(order).tolist()]

@@ -216,7 +216,7 @@ EXPERIMENTS = {
             "as the paper": {},
             "rays": {"pose_input": "rays"},
             "consistency 0.03": {"lambda_consistency": 0.03},
-            "consistency 0.3": {"lambda_consistency": 0.3},
+            "consistency 0.1": {"lambda_consistency": 0.1},
             "rays, consistency 0.03": {"pose_input": "rays", "lambda_consistency": 0.03},
         },
     ),

@@ -217,7 +217,7 @@ def _distil(
                         fake["image"] = student.super_resolve(fake["feature_image"], ws)
                     fake = {name: image.float() for name, image in fake.items()}
                     terms = reconstruction_terms(fake, wanted, perceptual, config.smooth_l1_beta)
-                    if config.lambda_consistency:
+                    if config.views > 1 and phase.resolution is None:
                         depth = wanted["image_depth"]
                         terms["consistency"] = consistency(fake["image_raw"], depth, c, config.views)
                     if adversarial:
@@ -307,7 +307,7 @@ def _require_divisible(config: TrainConfig, world: World):
     parts = world.size * config.accumulate
     for batch in {config.batch_size, *(images for _, _, images in config.growth)}:
         latents = batch // config.poses_per_latent
-        if batch % parts or latents % world.size or batch // config.views % parts:
+        if batch % parts or latents % world.size or config.batch_size // config.views % parts:
             raise ValueError(
                 f"batch_size: {batch} images ({latents} latents) must divide into {world.size} processes x "
                 f"{config.accumulate} parts (accumulate)"
