@@ -31,6 +31,9 @@ from fastgen.train.config import PRESETS, TrainConfig
         ("camera", "moon"),
         ("workers", -1),
         ("mirror", True),
+        ("lambda_consistency", 0.1),
+        ("precision", "float16"),
+        ("orbit_every", -1),
     ],
 )
 def test_impossible_values_name_their_field(name, value):
