@@ -245,6 +245,7 @@ def _curves(path: Path, stats: Path, config: TrainConfig):
         "hr_pixel": "pixel, final",
         "lr_perceptual": "perceptual, low resolution",
         "hr_perceptual": "perceptual, final",
+        "consistency": "consistency",
         "adv": "adversarial",
         "discriminator": "discriminator",
     }
