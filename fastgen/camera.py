@@ -118,7 +118,9 @@ def rays(c: Tensor, resolution: int) -> tuple[Tensor, Tensor]:  # [N, 25]
     fy, cy = k[:, 1, 1, None], k[:, 1, 2, None]
     y = (v - cy) / fy
     x = (u - cx - skew * y) / fx
-    directions = torch.stack([x, y, torch.ones_like(x)], dim=-1) @ cam2world[:, :3, :3].transpose(1, 2)
+    # No matrix product: autocast and TF32 would misplace a ray by a pixel.
+    right, down, forward = cam2world[:, None, :3, :3].unbind(-1)
+    directions = x[..., None] * right + y[..., None] * down + forward
     origins = cam2world[:, None, :3, 3].expand(-1, resolution * resolution, -1)
     return origins, torch.nn.functional.normalize(directions, dim=-1)
 
@@ -177,6 +179,11 @@ class CameraDistribution:
         return asdict(self) | {"pivot": list(self.pivot)}
 
 
+def _times(matrix: Tensor, x: Tensor) -> Tensor:
+    """Matrices [N, 3, 3] times vectors [N, R, 3], in full precision always."""
+    return (matrix[:, None] * x[..., None, :]).sum(-1)
+
+
 def warp_by_depth(
     image_a: Tensor,  # [N, 3, H, W]  seen from pose A
     depth_a: Tensor,  # [N, 1, h, w]  world units along the ray, from pose A
@@ -192,12 +199,12 @@ def warp_by_depth(
     visible if it falls inside A, and, in units of what a pixel of the depth map covers at its distance,
     A's depth there is within `occlusion` of the point's distance to A's camera (nothing stands before it),
     and depth varies by less than `silhouette` over the 3 x 3 pixels around it in B (a slope of 68 degrees at
-    most: no edge of the shape). Nor does it count at the farthest depth, which is where empty rays end.
+    most: no edge of the shape). Nor does it count at its map's farthest depth, which is where empty rays end.
     Returns: image [N, 3, H, W] and visibility [N, 1, H, W], boolean.
     """
     n, _, height, width = image_a.shape
     covers = 1 / (c_b[:, 16].reshape(n, 1, 1, 1) * depth_b.shape[2])  # a pixel's side, per unit of distance
-    empty = depth_b >= depth_b.amax() * (1 - 1e-3)
+    empty = depth_b >= depth_b.amax(dim=(1, 2, 3), keepdim=True) * (1 - 1e-3)
     # A pixel next to a silhouette mixes two depths; a window's spread finds it.
     spread = F.max_pool2d(depth_b, 3, 1, 1) + F.max_pool2d(-depth_b, 3, 1, 1)
     usable = (~empty & (spread < silhouette * covers * depth_b)).float()
@@ -207,8 +214,8 @@ def warp_by_depth(
     origins, directions = rays(c_b, height)
     points = origins + directions * depth.flatten(2).transpose(1, 2)
     world2cam = torch.linalg.inv(c_a[:, :16].reshape(n, 4, 4))
-    local = points @ world2cam[:, :3, :3].transpose(1, 2) + world2cam[:, None, :3, 3]
-    projected = local @ c_a[:, 16:].reshape(n, 3, 3).transpose(1, 2)
+    local = _times(world2cam[:, :3, :3], points) + world2cam[:, None, :3, 3]
+    projected = _times(c_a[:, 16:].reshape(n, 3, 3), local)
     grid = (projected[..., :2] / projected[..., 2:].clamp(min=1e-6) * 2 - 1).reshape(n, height, width, 2)
 
     seen = F.grid_sample(depth_a, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -200,7 +200,7 @@ class TrainConfig:
     resume: bool = False
     """Continue the run in `out` from its checkpoint; losses go on as if it had never stopped. On the command
     line the run's own options are the defaults. Only stage2_steps may be raised, and what decides how often
-    something is written may change."""
+    something is written, accumulate, workers, timeout and compile may change."""
     log_every: int = 10
     """Steps between lines of stats.jsonl."""
     grid_every: int = 1000
@@ -415,6 +415,7 @@ PRESETS: dict[str, TrainConfig] = {
         discriminator_channels=1024,
         discriminator_channel_max=64,
         grid_every=250,
+        orbit_every=2500,
         checkpoint_every=500,
     ),
 }

@@ -36,9 +36,9 @@ class Features(nn.Module):
         where = f"{option}: {path}"
         if not Path(path).is_file():
             raise FileNotFoundError(f"{option}: no such file: {path}")
-        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
         self.name = Path(path).name
         try:
+            names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
             with warnings.catch_warnings():
                 # TorchScript is deprecated; such files are there all the same.
                 warnings.simplefilter("ignore", FutureWarning)
@@ -53,7 +53,7 @@ class Features(nn.Module):
             raise ValueError(
                 f"{where} is none of TorchScript, an exported program, torchvision's inception_v3 state_dict"
             ) from error
-        for n in (2, 3):
+        for n in (2, 3, 1):
             try:
                 with torch.no_grad():
                     found = self.net(torch.zeros(n, 3, resolution, resolution, dtype=torch.uint8))

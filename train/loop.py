@@ -11,6 +11,7 @@ import copy
 import hashlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,9 +156,6 @@ def _distil(
             raise ValueError(f"resume: {out / 'resume.pt'} is damaged, or another network's") from None
         del saved
 
-    if config.compile:
-        _compile(teacher, "synthesis", "backbone_planes", "render", "super_resolve")
-        _compile(student, "render", "super_resolve")
     targets = TargetStream(teacher, poses, config, device, world)
     reals = RealStream(config, student.neural_rendering_resolution, dataset, device, world)
     samples = log = None
@@ -176,7 +174,9 @@ def _distil(
         save_student(out / "student.safetensors", average, poses, teacher, config.teacher)
 
     quiet = contextlib.nullcontext()
-    with StopSignals() as stop, log or quiet, reals, _progress(progress and world.is_first) as bar:
+    compiled = _compiled(teacher, student) if config.compile else quiet
+    bar = _progress(progress and world.is_first)
+    with StopSignals() as stop, log or quiet, reals, compiled, bar:
         task = bar.add_task("", total=config.steps, completed=step)
         while step < config.steps:
             started = time.perf_counter()
@@ -295,11 +295,18 @@ def _distil(
     return Run(average, config, teacher, poses, out, step, step < config.steps, world.is_first)
 
 
-def _compile(network: nn.Module, *calls: str):
-    """Have these methods of a network compiled at their first call; those that it has."""
-    for call in calls:
-        if hasattr(network, call):
-            setattr(network, call, torch.compile(getattr(network, call)))
+@contextlib.contextmanager
+def _compiled(*networks: nn.Module) -> Iterator[None]:
+    """Within, what teachers and students render with is compiled, at its first call."""
+    calls = ("synthesis", "backbone_planes", "render", "super_resolve")
+    there = [(network, call) for network in networks for call in calls if hasattr(network, call)]
+    for network, call in there:
+        setattr(network, call, torch.compile(getattr(network, call)))
+    try:
+        yield
+    finally:
+        for network, call in there:
+            delattr(network, call)
 
 
 def _require_divisible(config: TrainConfig, world: World):
@@ -307,11 +314,17 @@ def _require_divisible(config: TrainConfig, world: World):
     parts = world.size * config.accumulate
     for batch in {config.batch_size, *(images for _, _, images in config.growth)}:
         latents = batch // config.poses_per_latent
-        if batch % parts or latents % world.size or config.batch_size // config.views % parts:
+        if batch % parts or latents % world.size:
             raise ValueError(
                 f"batch_size: {batch} images ({latents} latents) must divide into {world.size} processes x "
                 f"{config.accumulate} parts (accumulate)"
             )
+    if config.batch_size // config.views % parts:
+        raise ValueError(
+            f"lambda_consistency: {config.views} poses of a latent stay together, and so batch_size // "
+            f"{config.views} must divide into {world.size} processes x {config.accumulate} parts "
+            f"(accumulate), got {config.batch_size}"
+        )
 
 
 def find_poses(config: TrainConfig, teacher: nn.Module, dataset: ImageDataset | None = None) -> Poses:

@@ -118,10 +118,11 @@ def consistency(
     views: int,
 ) -> Tensor:
     """Mean squared difference between each image, warped to the next pose of its latent by the teacher's
-    depth, and the image of that pose, where both see the surface."""
+    depth, and the image of that pose, over what both see of the surface; the mean over images."""
     raw_b, depth_b, c_b = (x.unflatten(0, (views, -1)).roll(-1, 0).flatten(0, 1) for x in (raw, depth, c))
     warped, visible = camera.warp_by_depth(raw, depth, depth_b, c, c_b)
-    return ((warped - raw_b).square() * visible).sum() / (3 * visible.sum()).clamp(min=1)
+    error = ((warped - raw_b).square() * visible).sum(dim=(1, 2, 3))
+    return (error / (3 * visible.sum(dim=(1, 2, 3))).clamp(min=1)).mean()
 
 
 def generator_loss(logits_fake: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def evaluate(
     Every latent is seen from two poses, A and B, at most 0.3 radians apart, with one conditioning pose.
     perceptual: distance of images [N, 3, H, W] in [-1, 1].
     identity:   bytes [N, 3, H, W] to embeddings [N, D] of who is seen, whatever the pose; of a module whose
-                `centred` is True, the deviations from the mean over the teacher's images count.
+                `centred` is True, the deviations from the mean over a model's images count.
     pose:       images [N, 3, H, W] in [-1, 1] to the unit vectors [N, 3] along which their cameras look.
     features:   bytes [N, 3, H, W] to the features [N, D] that FID and KID compare, of images A.
     reference:  what they are compared with: all images of a data set; None: as many of the teacher's, at
@@ -167,14 +167,14 @@ def evaluate(
     result["reprojection_visible"] = visible_pixels / pixels
     result["images"] = 2 * latents * batches
 
-    result["identity_others"], centre = None, 0
+    result["identity_others"] = None
     for name in errors:
         result[f"identity_{name}"] = result[f"pose_degrees_{name}"] = None
         if embedded[name]:
             both = torch.cat(embedded[name])
-            if name == "teacher" and getattr(identity, "centred", False):
-                centre = both.mean(dim=(0, 1))
-            a, b = (both - centre).unbind(1)
+            if getattr(identity, "centred", False):
+                both = both - both.mean(dim=(0, 1))
+            a, b = both.unbind(1)
             result[f"identity_{name}"] = F.cosine_similarity(a, b).mean().item()
             if name == "teacher" and len(a) > 1:
                 result["identity_others"] = F.cosine_similarity(a, b.roll(1, 0)).mean().item()

@@ -125,6 +125,11 @@ class PoseConfig:
     device: str = "auto"
     """'auto' (a GPU if there is one), 'cpu', 'cuda', ..."""
 
+    def __post_init__(self):
+        for name in ("minutes", "held_out"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
 
 def train(config: PoseConfig) -> PoseNet:
     """One run; prints the errors on images that it did not train on."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastgen import pictures
+from fastgen.camera import CameraDistribution
 
 from .config import TrainConfig
 from .data import Poses, generator_for, render_targets
@@ -112,7 +113,10 @@ class Samples:
             for i in range(config.grid_images)
         ]
         self.target = {key: torch.cat([row[key] for row in rows]) for key in ("ws", "c", "image")}
-        self.out, self.teacher, self.camera = Path(config.out), teacher, getattr(teacher, "camera", None)
+        self.out, self.teacher = Path(config.out), teacher
+        # A film's poses are a distribution's; labels are none.
+        known = isinstance(poses, CameraDistribution)
+        self.camera = poses if known else getattr(teacher, "camera", None)
 
     @torch.no_grad()
     def grid(self, step: int, student: nn.Module) -> tuple[np.ndarray, float]:
@@ -147,7 +151,7 @@ def read_checkpoint(path: Path, config: TrainConfig) -> dict | None:
         raise FileNotFoundError(f"resume: no checkpoint to continue from: {path}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        before = saved["config"].items()
+        before = dict(saved["config"])
         missing = {"step", "images", "random", "student", "average", "student_optimiser"} - saved.keys()
     except PermissionError:
         raise
@@ -157,9 +161,10 @@ def read_checkpoint(path: Path, config: TrainConfig) -> dict | None:
     if missing:
         raise ValueError(f"resume: {path} is not a run's checkpoint: it lacks {', '.join(sorted(missing))}")
     now = dataclasses.asdict(config)
-    for name, was in before:
-        if name not in now:
-            raise ValueError(f"resume: {path} is another version's, with an option {name}")
+    for name in sorted(before - now.keys()):
+        raise ValueError(f"resume: {path} is another version's, with an option {name}")
+    for name in now:
+        was = before.get(name, getattr(TrainConfig, name))
         # A run that had no second stage has no discriminator.
         longer = name == "stage2_steps" and 0 < was <= now[name]
         if name not in _FREE_ON_RESUME and was != now[name] and not longer:

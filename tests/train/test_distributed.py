@@ -74,12 +74,13 @@ def config(config, teacher, tmp_path):
         stage2_steps=8,
         replay=16,
         replay_reuse=2.0,
+        lambda_consistency=0.1,
     )
 
 
 def assert_same_losses(got, want):
     assert [line["step"] for line in got] == [line["step"] for line in want]
-    losses = ("loss", "lr_pixel", "hr_pixel", "adv", "discriminator", "r1")
+    losses = ("loss", "consistency", "lr_pixel", "hr_pixel", "adv", "discriminator", "r1")
     for a, b in zip(got, want, strict=True):
         assert a.keys() == b.keys()
         for name in losses:

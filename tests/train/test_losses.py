@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgen import presets
+from fastgen import load_teacher, presets
 from fastgen.models.discriminator import DualDiscriminator
 from fastgen.train.losses import (
     Perceptual,
@@ -17,6 +17,7 @@ from fastgen.train.losses import (
     r1_penalty,
     reconstruction_terms,
 )
+from fastgen.train.metrics import pose_pairs
 
 
 def images(n: int = 2, side: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -51,6 +52,24 @@ def test_consistency():
     only = same.clone()
     only[:2] += 0.5  # differs from the second pose's, and the third pose's from it
     assert consistency(only, depth, c, 3).item() == pytest.approx(2 / 3 * 0.25, rel=1e-3)
+
+
+def test_consistency_of_true_views():
+    """The toy's own images agree by its depth; by another pose's, or another latent's, they do not."""
+    teacher = load_teacher("toy")
+    random = torch.Generator().manual_seed(0)
+    z, c = torch.randn(3, teacher.z_dim, generator=random), pose_pairs(teacher.camera, 3, random)
+    c = c.unflatten(0, (3, 2)).transpose(0, 1).flatten(0, 1)  # one pose of all latents after the other
+    with torch.no_grad():
+        ws = teacher.mapping(z, c[:3]).repeat(2, 1, 1)
+        out = teacher.synthesis(ws, c, neural_rendering_resolution=32)
+    raw, depth = out["image_raw"], out["image_depth"]
+    true = consistency(raw, depth, c, 2)
+    assert true < 0.02
+    assert consistency(raw, depth, c.roll(3, 0), 2) > 2 * true
+    assert consistency(raw.roll(1, 0), depth, c, 2) > 2 * true
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(consistency(raw, depth, c, 2), true)
 
 
 def test_adversarial():
