@@ -55,8 +55,8 @@ wheel: $(STAMP)
 	$(BIN)/python -m fastgen.kernels.sass dist/*.whl
 	test $$(stat -c %s dist/*.whl) -lt 25000000
 
-# In new environments: the tests of the ops on the CPU, with the oldest and
-# the newest torch; test-matrix: those of models and of fastgen.compat too.
+# In new environments: the tests of the ops on the CPU, with the oldest and the newest torch; test-matrix: those
+# of models and of fastgen.compat too.
 PYTHONS := python3.10 python3.13
 TESTED := tests/ops -k cpu
 test-wheel:

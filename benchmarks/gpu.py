@@ -82,12 +82,12 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
             )
             for tool in ("memcheck", "racecheck", "initcheck")
         ),
-        Step("bench", 120, [*bench, "-k", f"not compile {few}", f"--benchmark-json={out}/bench.json"]),
+        Step("bench", 110, [*bench, "-k", f"not compile {few}", f"--benchmark-json={out}/bench.json"]),
         Step(
             "compile", 50, [*bench, "-k", "compile", f"--benchmark-json={out}/compile.json"], {},
             "a dry run compiles nothing" if dry_run else "",
         ),
-        Step("train", 60, [*python, "benchmarks/train_step.py", *(["--preset", "toy"] if dry_run else [])]),
+        Step("train", 30, [*python, "benchmarks/train_step.py", *(["--preset", "toy"] if dry_run else [])]),
         Step(
             "report", 15,
             [*python, "benchmarks/report.py", *(f"{out}/{name}.json" for name in ("bench", "compile")),

@@ -381,6 +381,9 @@ class TrainConfig:
 
 _paper = TrainConfig()
 
+UNWATCHED = {"grid_every": 0, "orbit_every": 0, "checkpoint_every": 0, "tensorboard": False}
+"""Fields of a run that keeps no pictures on the way and saves at its end only."""
+
 PRESETS: dict[str, TrainConfig] = {
     **{
         name: dataclasses.replace(_paper, camera=name, r1_gamma=presets.get(name).r1_gamma)

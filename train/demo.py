@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fastgen
 from fastgen import info, pictures
 
-from .config import PRESETS, TrainConfig
+from .config import PRESETS, UNWATCHED, TrainConfig
 from .evaluate import rows
 from .loop import distil
 from .losses import Perceptual
@@ -59,10 +59,7 @@ def run(
         device=device,
         # Odd, or it would never meet the steps that have a final image, every hr_interval-th.
         log_every=3,
-        grid_every=100,
-        orbit_every=0,
-        checkpoint_every=0,
-        tensorboard=False,
+        **UNWATCHED | {"grid_every": 100},
     )
     name = Path(teacher).stem
     teacher = fastgen.load_teacher(teacher).to(info.find_device(device))
@@ -155,8 +152,7 @@ def _affordable(config: TrainConfig, teacher: nn.Module, end: float) -> tuple[fl
         stage1_steps=tried * (len(config.growth) + 1),
         stage2_steps=tried,
         log_every=1,
-        grid_every=0,
-        orbit_every=0,
+        **UNWATCHED,
     )
     with tempfile.TemporaryDirectory() as folder:
         # A machine that needs a fifth of its time for a trial can't afford more than the least.

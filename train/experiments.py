@@ -28,7 +28,7 @@ import fastgen
 from fastgen import info, pictures
 
 from . import pose, siren
-from .config import PRESETS
+from .config import PRESETS, UNWATCHED
 from .data import generator_for
 from .features import Pooled
 from .loop import distil
@@ -41,10 +41,7 @@ BASE = dataclasses.replace(
     PRESETS["toy"].scaled(0.2),
     stage2_steps=150,
     lambda_consistency=0.0,
-    grid_every=0,
-    orbit_every=0,
-    checkpoint_every=0,
-    tensorboard=False,
+    **UNWATCHED,
 )
 # Whole images from the first step on, as growth would have a discriminator see small ones; and an adversarial
 # loss that has a say: at the preset's weight, 0.02, all curricula look alike.

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from .config import TrainConfig
+from .config import UNWATCHED, TrainConfig
 from .data import TargetStream
 from .loop import distil
 from .metrics import milliseconds
@@ -44,11 +44,8 @@ def dry_run(config: TrainConfig, teacher: nn.Module | None = None) -> str:
             stage2_steps=steps["stage 2"],
             hr_interval=1,
             log_every=1,
-            grid_every=0,
-            orbit_every=0,
-            checkpoint_every=0,
-            tensorboard=False,
             resume=False,
+            **UNWATCHED,
         )
         run = distil(short, teacher, progress=False)
         lines = [json.loads(line) for line in (Path(folder) / "stats.jsonl").read_text().splitlines()]

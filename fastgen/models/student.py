@@ -59,11 +59,15 @@ class RayMaps(nn.Module):
 
     def forward(self, c: Tensor, resolution: int) -> Tensor:  # [N, 25]
         """Returns: [N, channels, resolution, resolution]."""
+        layer = getattr(self, f"r{resolution}")
+        return nn.functional.conv2d(self.encode(c, resolution), layer.weight * self.gain)
+
+    def encode(self, c: Tensor, resolution: int) -> Tensor:  # [N, 25]
+        """Returns: the numbers [N, 54, resolution, resolution], the line's six first."""
         origins, directions = camera.rays(c, resolution)
         line = torch.cat([directions, torch.linalg.cross(origins, directions)], -1)
         waves = [f(line * frequency) for frequency in self.frequencies for f in (torch.sin, torch.cos)]
-        maps = torch.cat([line, *waves], -1).transpose(1, 2).unflatten(2, (resolution, resolution))
-        return getattr(self, f"r{resolution}")(maps) * self.gain
+        return torch.cat([line, *waves], -1).transpose(1, 2).unflatten(2, (resolution, resolution))
 
 
 def _same(teacher: nn.Module, shape: Size) -> dict:
