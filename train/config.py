@@ -168,7 +168,8 @@ class TrainConfig:
     lr_discriminator: float = 2e-3
     """Discriminator's learning rate (Adam)."""
     lr_superresolution: float = 1.0
-    """The super-resolution's learning rate as a fraction of the student's, where it starts as the teacher's."""
+    """The super-resolution's learning rate as a fraction of the student's, where it starts as the teacher's.
+    """
     warmup_steps: int = 0
     """Steps over which the student's learning rate rises from 0 at the start."""
     cooldown: Literal["none", "cosine"] = "none"

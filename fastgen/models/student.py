@@ -80,7 +80,9 @@ def _same(teacher: nn.Module, shape: Size) -> dict:
     kwargs = dict(teacher.config["superresolution_kwargs"])
     if shape.superresolution < 1 or shape.subpixel:
         blocks = teacher.superresolution.block0, teacher.superresolution.block1
-        kwargs["channels"] = [_narrowed(block.conv1.weight.shape[0], shape.superresolution) for block in blocks]
+        kwargs["channels"] = [
+            _narrowed(block.conv1.weight.shape[0], shape.superresolution) for block in blocks
+        ]
         kwargs["subpixel"] = shape.subpixel
     return {
         "superresolution": teacher.config["superresolution"],
@@ -104,7 +106,9 @@ def _from_scratch(teacher: nn.Module, shape: Size) -> dict:
     name = names[teacher.img_resolution]
     channels = [
         min(_narrowed(width, shape.superresolution), most)
-        for width, most in zip(SHAPES[name].channels, (shape.channel_max, shape.channel_max // 2), strict=True)
+        for width, most in zip(
+            SHAPES[name].channels, (shape.channel_max, shape.channel_max // 2), strict=True
+        )
     ]
     kwargs = {"channels": channels, "num_fp16_res": 0, "subpixel": shape.subpixel}
     return {"superresolution": name, "superresolution_kwargs": kwargs}
