@@ -2,10 +2,10 @@
 
     python benchmarks/curves.py [--out DIR] [--name MACHINE]
 
-One quantity at a time is changed of an EG3D generator with random weights that renders 64 x 64 rays of 48 + 48
-samples and makes 512 x 512 images, and of students of it, by fastgen in float32. The exponent p of
-cost ~ quantity^p is fitted by least squares of logarithms. Memory is what a call needs beyond its weights,
-measured before freed memory is kept; time after.
+One quantity at a time is changed of an EG3D generator with random weights, 64 x 64 rays of 48 + 48 samples
+and 512 x 512 pixels, and of students of it, by fastgen in float32. The exponent p of cost ~ quantity^p is
+fitted by least squares of logarithms. Memory is what a call needs beyond its weights, measured before freed
+memory is kept; time after.
 """
 
 import argparse

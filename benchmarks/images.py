@@ -1,4 +1,4 @@
-"""Turn the JSON of `fastgen bench` into a CSV, a table (both in benchmarks/results), two plots, README's table.
+"""Turn the JSON of `fastgen bench` into a CSV and tables (in benchmarks/results and README) and two plots.
 
 python benchmarks/images.py out/ffhq512.json out/toy.json [--out DIR] [--name MACHINE] [--readme FILE]
 

@@ -40,6 +40,7 @@ OPSETS = range(13, onnx.defs.onnx_opset_version() + 1)
 OPSET = 17  # of ONNX 1.12, mid-2022
 OPERATORS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "ReduceSum", "Add", "Sub", "Mul", "Div", "Sqrt"}
 OPERATORS |= {"LeakyRelu", "Clip", "Cast", "Concat", "Gather", "Slice", "Unsqueeze", "Reshape", "Sin", "Cos"}
+OPERATORS |= {"DepthToSpace"}
 GAIN = math.sqrt(2)  # of lrelu
 
 

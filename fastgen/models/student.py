@@ -24,7 +24,7 @@ from .superresolution import SHAPES, SuperResolution
 @dataclass(frozen=True)
 class Size:
     """channel_*, style_*: of the renderer; superresolution: its widths as a share of the teacher's; subpixel:
-    see SuperResolution."""
+    see SuperResolution, both blocks as wide as the first."""
 
     channel_base: int
     channel_max: int
@@ -37,8 +37,8 @@ class Size:
 SIZES = {
     "full": Size(32768, 512, 512),
     "medium": Size(16384, 512, 512, superresolution=1 / 2),
-    "compact": Size(8192, 256, 512, superresolution=1 / 4),
-    "tiny": Size(4096, 128, 512, superresolution=1 / 8),
+    "compact": Size(8192, 256, 512, superresolution=1 / 4, subpixel=True),
+    "tiny": Size(4096, 128, 512, superresolution=1 / 8, subpixel=True),
     "toy": Size(2048, 64, 128, style_lr_multiplier=1.0),
 }
 
@@ -78,12 +78,9 @@ class RayMaps(nn.Module):
 def _same(teacher: nn.Module, shape: Size) -> dict:
     """The super-resolution's arguments: the teacher's, as wide as `shape` has it."""
     kwargs = dict(teacher.config["superresolution_kwargs"])
-    if shape.superresolution < 1 or shape.subpixel:
+    if shape.superresolution < 1:
         blocks = teacher.superresolution.block0, teacher.superresolution.block1
-        kwargs["channels"] = [
-            _narrowed(block.conv1.weight.shape[0], shape.superresolution) for block in blocks
-        ]
-        kwargs["subpixel"] = shape.subpixel
+        kwargs |= _narrowed([block.conv1.weight.shape[0] for block in blocks], shape)
     return {
         "superresolution": teacher.config["superresolution"],
         "superresolution_kwargs": kwargs,
@@ -92,9 +89,11 @@ def _same(teacher: nn.Module, shape: Size) -> dict:
     }
 
 
-def _narrowed(channels: int, share: float) -> int:
-    """A share of a width, in whole eights, which are what convolutions compute with; at most the width."""
-    return min(8 * math.ceil(channels * share / 8), channels)
+def _narrowed(widths: list[int], shape: Size) -> dict:
+    """`channels` and `subpixel` of a super-resolution that would have these widths."""
+    # In whole eights, which are what convolutions compute with.
+    first, second = (min(8 * math.ceil(width * shape.superresolution / 8), width) for width in widths)
+    return {"channels": [first, first if shape.subpixel else second], "subpixel": shape.subpixel}
 
 
 def _from_scratch(teacher: nn.Module, shape: Size) -> dict:
@@ -104,14 +103,9 @@ def _from_scratch(teacher: nn.Module, shape: Size) -> dict:
         sizes = ", ".join(map(str, sorted(names)))
         raise ValueError(f"Student: img_resolution must be one of {sizes}, got {teacher.img_resolution}")
     name = names[teacher.img_resolution]
-    channels = [
-        min(_narrowed(width, shape.superresolution), most)
-        for width, most in zip(
-            SHAPES[name].channels, (shape.channel_max, shape.channel_max // 2), strict=True
-        )
-    ]
-    kwargs = {"channels": channels, "num_fp16_res": 0, "subpixel": shape.subpixel}
-    return {"superresolution": name, "superresolution_kwargs": kwargs}
+    most = shape.channel_max, shape.channel_max // 2
+    widths = [min(width, bound) for width, bound in zip(SHAPES[name].channels, most, strict=True)]
+    return {"superresolution": name, "superresolution_kwargs": {"num_fp16_res": 0} | _narrowed(widths, shape)}
 
 
 class Student(nn.Module):
@@ -220,7 +214,7 @@ class Student(nn.Module):
         without) is what its c is multiplied by; without one the student's `mapping` raises ValueError, and ws
         are the teacher's own. `teacher.superresolution`, as EG3D's Teacher has it, is the start of the
         student's, or, where the size has a narrower one, its model; without one it is made for the
-        teacher's img_resolution, and only enlarges to begin with.
+        teacher's img_resolution. What does not start as the teacher's only enlarges to begin with.
         size: one of SIZES. neural_rendering_resolution None: the teacher's. scale: of the
         renderer's widths, for a teacher narrower than EG3D's. overrides: of the constructor's arguments.
         """
@@ -250,12 +244,13 @@ class Student(nn.Module):
         student = cls(**config | overrides)
         if mapping is not None:
             student.teacher_mapping.load_state_dict(mapping.state_dict())
-        if start is None:
-            for block in (student.superresolution.block0, student.superresolution.block1):
-                nn.init.zeros_(block.torgb.weight)
-        elif student.config["superresolution_kwargs"] == teacher.config["superresolution_kwargs"]:
+        mine = student.config["superresolution_kwargs"]
+        if start is not None and mine == teacher.config["superresolution_kwargs"]:
             student.superresolution.load_state_dict(start.state_dict())
             student.superresolution_is_trained = True
+        else:
+            for block in (student.superresolution.block0, student.superresolution.block1):
+                nn.init.zeros_(block.torgb.weight)
         return student
 
     def renderer_parameters(self) -> Iterator[nn.Parameter]:
