@@ -71,7 +71,7 @@ COLUMNS = {
 }
 # What the teacher's own images have.
 REFERENCE = ("reprojection_psnr_teacher_db", "identity_teacher", "pose_degrees_teacher")
-IMAGES, CONTROLS = 256, 64
+IMAGES, CONTROLS = 128, 64
 SEEDS = (3, 5, 8, 13, 21, 34, 55, 89)
 # Differences that a run with another seed may have, by eye.
 MARGINS = {
