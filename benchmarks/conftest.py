@@ -7,15 +7,12 @@ there can the peak memory of a call be told. On a GPU Triton's kernels have a ro
 C++ is built too.
 """
 
-import ctypes
-import time
-from pathlib import Path
-
 import pytest
 import torch
 
 import fastgen
-from fastgen import _backends
+from fastgen import _backends, bench
+from fastgen.bench import DTYPES as DTYPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUTES = ("fastgen", "pytorch", "torch.compile")
@@ -24,7 +21,6 @@ if DEVICE == "cuda" and _backends.compiled("cuda") and _backends.has_triton():
 # Calls that a round times together: on a GPU one alone is shorter than the wait for its end.
 REPEAT = 10 if DEVICE == "cuda" else 1
 _rehearses = False
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pytest_addoption(parser):
@@ -85,60 +81,9 @@ def derivative(run, inputs, *others):
     return result, lambda: torch.autograd.grad(result, inputs, dy, retain_graph=True)
 
 
-def _seconds(function, repeats: int = 5) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        synchronise()
-        start = time.perf_counter()
-        function()
-        synchronise()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def synchronise():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 @pytest.fixture(scope="session")
 def peaks(memory) -> dict[str, float]:
-    """bytes/s of a copy between warm buffers, FLOP/s of a bare channels-last convolution in each dtype."""
-    x = torch.randn(128, 512, 512, device=DEVICE)
-    y = torch.empty_like(x)
-    found = {"bytes": 2 * x.nbytes / _seconds(lambda: y.copy_(x))}
-    for name, dtype in DTYPES.items():
-        image = torch.randn(1, 128, 256, 256, device=DEVICE, dtype=dtype)
-        image = image.contiguous(memory_format=torch.channels_last)
-        weight = torch.randn(128, 128, 3, 3, device=DEVICE, dtype=dtype)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        seconds = _seconds(lambda i=image, w=weight: torch.nn.functional.conv2d(i, w, padding=1))
-        found[name] = 2 * 9 * 128 * image.numel() / seconds
-    return found
-
-
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
-
-
-def peak_bytes(function) -> int | None:
-    """What a call needs beyond what it is given, its result included; None where that cannot be told."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    fastgen.empty_workspace()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    except (AttributeError, OSError):
-        return None
-    before = _resident("VmRSS")
-    function()
-    return _resident("VmHWM") - before
+    return bench.peaks(torch.device(DEVICE))
 
 
 @pytest.fixture
@@ -149,7 +94,7 @@ def measure(benchmark, memory, peaks):
         def call():
             for _ in range(REPEAT):
                 timed()
-            synchronise()
+            bench.synchronise()
 
         call()
         benchmark.extra_info.update(
@@ -165,7 +110,7 @@ def measure(benchmark, memory, peaks):
             bytes=bytes,
             flop=flop,
             floor=max(bytes / peaks["bytes"], flop / peaks[dtype]),
-            peak=peak_bytes(timed) if memory == "returned" or DEVICE == "cuda" else None,
+            peak=bench.peak_bytes(timed) if memory == "returned" or DEVICE == "cuda" else None,
         )
         benchmark.pedantic(call, rounds=1 if _rehearses else rounds, warmup_rounds=1)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 import fastgen
+from fastgen import presets
 from fastgen._backends import BackendError
 from fastgen._text import complain, one_line, table
 from fastgen.train.config import PRESETS, TrainConfig
@@ -303,6 +304,47 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Time what makes an image, from latent and camera to pixels: teacher and students by fastgen, beside
+    plain PyTorch operations, torch.compile and ONNX Runtime."""
+
+    preset: Literal[tuple(presets.PRESETS)] = "ffhq512"
+    """Whose networks, with random weights, but for the toy's teacher."""
+    batch: tuple[int, ...] = (1,)
+    """Images at a time, one number or several."""
+    only: tuple[str, ...] = ()
+    """These generators alone, such as teacher student-compact; without, all."""
+    student: Annotated[Path | None, tyro.conf.arg(metavar="FILE.safetensors")] = None
+    """A student to measure, too, of a teacher like the preset's."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """Write all rows to this file."""
+    rounds: int = 5
+    """Times that each case is measured, in turn with all others; it has their median."""
+    limit: float = 20.0
+    """Seconds after which a case is not measured again, once it has been three times."""
+    device: str = "auto"
+    """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
+
+    def __post_init__(self):
+        if not self.batch or not all(1 <= n <= 4096 for n in self.batch):
+            raise ValueError(f"batch must be numbers from 1 to 4096, got {self.batch}")
+        if not 1 <= self.rounds <= 10_000:
+            raise ValueError(f"rounds must be from 1 to 10000, got {self.rounds}")
+
+    def run(self):
+        from . import bench, info, pictures
+
+        if self.json is not None:
+            pictures.prepare(self.json, ".json")
+        batches = tuple(sorted(set(self.batch)))
+        device = info.find_device(self.device)
+        rows = bench.run(self.preset, batches, self.only, self.student, self.rounds, self.limit, device)
+        if self.json is not None:
+            self.json.write_text(json.dumps(rows, indent=2) + "\n")
+        print(bench.shown(rows))
+
+
+@dataclass(frozen=True)
 class Train(TrainConfig):
     """Distil a teacher into a student: the full trainer. Ctrl-C saves; --resume goes on."""
 
@@ -368,7 +410,7 @@ def _row(found) -> list[str]:
 
 
 COMMANDS = (
-    *("info", "convert", "render", "export", "train", "demo", "evaluate", "patch"),
+    *("info", "convert", "render", "export", "train", "demo", "evaluate", "bench", "patch"),
     *("data check", "data toy", "data"),
 )
 
@@ -378,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         command = _parse(argv)
-        if not isinstance(command, Info):
+        if not isinstance(command, Info | Bench):  # which measures with and without
             fastgen.keep_memory()
         command.run()
     except BrokenPipeError:
@@ -427,7 +469,6 @@ def load_model(path: str, dtype: torch.dtype | None) -> torch.nn.Module:
 
 def find_cameras(model: torch.nn.Module, name: str) -> CameraDistribution:
     """Where to look at a model from."""
-    from . import presets
 
     if name != "auto" and name not in presets.PRESETS:
         raise ValueError(f"camera must be one of auto, {', '.join(presets.PRESETS)}, got {name!r}")
@@ -467,7 +508,7 @@ def _parse(argv: list[str]):
         # tyro draws a box of several lines; what it says is told in one.
         with contextlib.redirect_stderr(said):
             command = tyro.cli(
-                Info | Convert | Render | Export | train | Demo | Evaluate | Patch | Data,
+                Info | Convert | Render | Export | train | Demo | Evaluate | Bench | Patch | Data,
                 prog="fastgen",
                 args=argv[:own],
                 description="Fast 3D-aware image generation: NeRF-GANs, and students distilled from them.",

@@ -40,6 +40,7 @@ OPSETS = range(13, onnx.defs.onnx_opset_version() + 1)
 OPSET = 17  # of ONNX 1.12, mid-2022
 OPERATORS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "ReduceSum", "Add", "Sub", "Mul", "Div", "Sqrt"}
 OPERATORS |= {"LeakyRelu", "Clip", "Cast", "Concat", "Gather", "Slice", "Unsqueeze", "Reshape", "Sin", "Cos"}
+OPERATORS |= {"DepthToSpace"}
 GAIN = math.sqrt(2)  # of lrelu
 
 
@@ -118,9 +119,15 @@ def synthesis_model(
         features = _resized(graph, features, size, wanted, enlarge.antialias)
     image = graph("Slice", features, *(graph.constant([i]) for i in (0, 3, 1)))
     x, noisy = graph.half(features), student.superresolution_noise_mode != "none"
-    for name in ("block0", "block1"):
-        block = getattr(enlarge, name)
-        x, image = _block(graph, block, f"superresolution.{name}", x, image, last, noisy)
+    x, image = _block(graph, enlarge.block0, "superresolution.block0", x, image, last, noisy)
+    path = "superresolution.block1"
+    if enlarge.subpixel:
+        _, four = _block(graph, enlarge.block1, path, x, None, last, noisy)
+        four = graph("DepthToSpace", four, blocksize=2, mode="CRD")
+        image = _upsampled(graph, image, enlarge.block1.resample_filter, 3)
+        image = graph("Add", image, four)
+    else:
+        _, image = _block(graph, enlarge.block1, path, x, image, last, noisy)
     return graph.model("image", ["N", 3, student.img_resolution, student.img_resolution], student)
 
 

@@ -26,6 +26,7 @@ CASES = {
     "2X, rays, half the style": {"pose_input": "rays", "style_dims": 8},
     "2X, shrunk": {"neural_rendering_resolution": 128, "conditioning_scale": 0.0},
     "2X, shrunk without antialias": {"neural_rendering_resolution": 128, "sr_antialias": False},
+    "2X, sub-pixel": {"superresolution_kwargs": {"channels": [6, 6], "subpixel": True}},
     "4X": {
         "img_resolution": 256,
         "neural_rendering_resolution": 32,
@@ -36,6 +37,12 @@ CASES = {
     "8XDC": {
         "img_resolution": 512,
         "superresolution": "SuperresolutionHybrid8XDC",
+        "superresolution_noise_mode": "const",
+    },
+    "8XDC, sub-pixel": {
+        "img_resolution": 512,
+        "superresolution": "SuperresolutionHybrid8XDC",
+        "superresolution_kwargs": {"channels": [6, 6], "subpixel": True},
         "superresolution_noise_mode": "const",
     },
 }
@@ -114,7 +121,7 @@ def test_opsets(opset):
     assert error(run(synthesis, ws=ws, c=c), made.synthesis(ws, c)["image"]) < 3e-3
 
 
-@pytest.mark.parametrize("case", ["2X", "2X, rays, half the style", "8XDC"])
+@pytest.mark.parametrize("case", ["2X", "2X, rays, half the style", "2X, sub-pixel", "8XDC"])
 def test_float16(case):
     made = student(**CASES[case])
     model = export.synthesis_model(made, fp16=True)

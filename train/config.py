@@ -15,13 +15,14 @@ from typing import Literal, NamedTuple
 import torch
 
 from fastgen import presets
+from fastgen.models.student import SIZES
 
 Curriculum = Literal["two-stage", "single-stage", "ramp", "reconstruction-only"]
 PerceptualKind = Literal["lpips-vgg", "random-vgg", "none"]
 _CHOICES = {
     "curriculum": Curriculum.__args__,
     "perceptual": PerceptualKind.__args__,
-    "student": ("full", "compact", "toy"),
+    "student": tuple(SIZES),
     "cooldown": ("none", "cosine"),
     "pose_input": ("mapping", "rays"),
     "precision": ("float32", "bfloat16"),
@@ -71,8 +72,13 @@ class TrainConfig:
     """'toy' (shipped), a .safetensors of `fastgen convert` or fastgen.train.siren, or an original .pkl."""
     out: str = "out/train"
     """Folder for config.json, stats.jsonl, sample grids, TensorBoard events, checkpoints."""
-    student: Literal["full", "compact", "toy"] = "full"
-    """Size: 'full' is the paper's, 'compact' a narrower one for speed, 'toy' fits the toy teacher."""
+    student: Literal[tuple(SIZES)] = "full"
+    """Size: 'full' is the paper's, 'compact' the one for speed, 'toy' fits the toy teacher."""
+    student_scale: float = 1.0
+    """Of the renderer's widths, for a teacher narrower than EG3D's."""
+    style_lr_multiplier: float | None = None
+    """Learning rate of the pose mapping as a fraction of the student's; None: the size's, which is 0.01 as of
+    StyleGAN's mapping, and 1 for 'toy'."""
     pose_input: Literal["mapping", "rays"] = "mapping"
     """How the pose reaches the student: 'mapping' by its style alone, as the paper's; 'rays' in addition by a
     map of each pixel's ray at every resolution."""
@@ -162,7 +168,8 @@ class TrainConfig:
     lr_discriminator: float = 2e-3
     """Discriminator's learning rate (Adam)."""
     lr_superresolution: float = 1.0
-    """The super-resolution's learning rate as a fraction of the student's: it starts trained."""
+    """The super-resolution's learning rate as a fraction of the student's, where it starts as the teacher's.
+    """
     warmup_steps: int = 0
     """Steps over which the student's learning rate rises from 0 at the start."""
     cooldown: Literal["none", "cosine"] = "none"
@@ -234,6 +241,9 @@ class TrainConfig:
             if name in _CHOICES:
                 self._require(name, value in _CHOICES[name], "one of " + ", ".join(_CHOICES[name]))
         self._require("gpc_reg_prob", 0 <= self.gpc_reg_prob <= 1, "in [0, 1]")
+        self._require("student_scale", 0 < self.student_scale <= 1, "above 0 and at most 1")
+        multiplier = self.style_lr_multiplier is None or self.style_lr_multiplier > 0
+        self._require("style_lr_multiplier", multiplier, "above 0")
         self._require("style_share", 0 < self.style_share <= 1, "above 0 and at most 1")
         doubled = not self.mirror or self.reals != "teacher"
         self._require("mirror", doubled, "False when reals is 'teacher'")

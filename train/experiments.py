@@ -51,6 +51,10 @@ FLAT |= {"lr": 0.01, "lr_adversarial": 0.01, "betas": (0.0, 0.99), "hr_interval"
 # Of an adversarial loss that is left out, as small as that its stage stays.
 NONE = 1e-9
 SINGLE = FLAT | {"curriculum": "single-stage"}
+# Sizes of students for EG3D, as much narrower as the toy teacher is; a super-resolution that starts from
+# scratch sees every step of whole images.
+SIZED = {"student_scale": 0.25, "style_lr_multiplier": 1.0, "hr_interval": 1, "stage1_steps": 2400}
+SIZED |= {"curriculum": "reconstruction-only", "stage2_steps": 0, "lambda_consistency": 0.1}
 # VGG16 costs more than all the rest on two cores.
 PERCEPTUAL = {"perceptual": "random-vgg", "growth": ((16, 300, 4), (32, 150, 4)), "stage1_steps": 600}
 
@@ -67,7 +71,7 @@ COLUMNS = {
 }
 # What the teacher's own images have.
 REFERENCE = ("reprojection_psnr_teacher_db", "identity_teacher", "pose_degrees_teacher")
-IMAGES, CONTROLS = 256, 64
+IMAGES, CONTROLS = 128, 64
 SEEDS = (3, 5, 8, 13, 21, 34, 55, 89)
 # Differences that a run with another seed may have, by eye.
 MARGINS = {
@@ -144,6 +148,25 @@ def _each_helps(rows: Rows) -> str:
 def _best(key: str, sign: int, rows: Rows) -> str:
     order = sorted(rows, key=lambda run: -sign * rows[run][key])
     return _compared(key, {run: rows[run] for run in order}) + "."
+
+
+def _within(rows: Rows) -> str:
+    """What each smaller student loses."""
+    full, said = rows["full"], []
+    for name, row in rows.items():
+        if name != "full":
+            lost = [full[key] - row[key] for key in ("psnr_db", "reprojection_psnr_student_db")]
+            said.append(f"{name} loses {lost[0]:.2f} dB of PSNR and {lost[1]:.2f} dB of reprojection")
+    return "; ".join(said) + "."
+
+
+def _spread(rows: Rows) -> str:
+    """What another seed changes, beside the margins that findings allow for."""
+    said = []
+    for key, margin in MARGINS.items():
+        values = [row[key] for row in rows.values()]
+        said.append(f"{COLUMNS[key][0]} {max(values) - min(values):.3g} (margin {margin:g})")
+    return "Largest less smallest: " + ", ".join(said) + "."
 
 
 @dataclass(frozen=True)
@@ -227,6 +250,19 @@ EXPERIMENTS = {
                 "lr_superresolution": 1.0,
             }
         },
+    ),
+    "seeds": Experiment(
+        "Other seeds",
+        "How much do runs differ that differ in nothing else?",
+        _spread,
+        {f"seed {seed}": {"seed": seed} for seed in range(3)},
+    ),
+    "sizes": Experiment(
+        "Smaller students",
+        "How small may a student be? Equal steps, reconstruction only. What an image of each costs: "
+        "[images](../benchmarks/results/images-intel-r-xeon-r-processor.md).",
+        _within,
+        {size: SIZED | {"student": size} for size in ("full", "medium", "compact", "tiny")},
     ),
     "beyond": Experiment(
         "Past the paper: closer to the teacher",

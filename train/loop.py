@@ -112,12 +112,11 @@ def _distil(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         seen = None if config.style_share == 1 else math.ceil(config.style_share * teacher.w_dim)
+        overrides = {"pose_input": config.pose_input, "style_dims": seen}
+        if config.style_lr_multiplier is not None:
+            overrides["style_lr_multiplier"] = config.style_lr_multiplier
         student = Student.from_teacher(
-            teacher,
-            config.student,
-            config.neural_rendering_resolution,
-            pose_input=config.pose_input,
-            style_dims=seen,
+            teacher, config.student, config.neural_rendering_resolution, config.student_scale, **overrides
         ).to(device)
         discriminator = (
             _make_discriminator(config, teacher, from_file).to(device) if config.has_discriminator else None
@@ -131,7 +130,10 @@ def _distil(
     student_optimiser = torch.optim.Adam(
         [
             {"params": list(student.renderer_parameters()), "scale": 1.0},
-            {"params": list(student.superresolution.parameters()), "scale": config.lr_superresolution},
+            {
+                "params": list(student.superresolution.parameters()),
+                "scale": config.lr_superresolution if student.superresolution_is_trained else 1.0,
+            },
         ],
         fused=True,
     )

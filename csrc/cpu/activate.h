@@ -19,7 +19,9 @@ FASTGEN_INLINE void map(const T* v, const T* g, T* out, int64_t n, const Act& ac
 
 template <int order, class T>
 FASTGEN_INLINE void map_any(const T* v, const T* g, T* out, int64_t n, const Act& act) {
-  with_activation(act.act, [&](auto is) { map<is.value, order>(v, g, out, n, act); });
+  // Otherwise the function is compiled for the oldest processors alone.
+  with_activation(act.act,
+                  [&](auto is) __attribute__((always_inline)) { map<is.value, order>(v, g, out, n, act); });
 }
 
 }  // namespace fastgen

@@ -9,6 +9,7 @@ arXiv 2303.12865.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -22,18 +23,22 @@ from .superresolution import SHAPES, SuperResolution
 
 @dataclass(frozen=True)
 class Size:
-    """channel_*, style_*: of the renderer; superresolution: its widths, at most; None: the teacher's."""
+    """channel_*, style_*: of the renderer; superresolution: its widths as a share of the teacher's; subpixel:
+    see SuperResolution, both blocks as wide as the first."""
 
     channel_base: int
     channel_max: int
     style_dim: int
     style_lr_multiplier: float = 0.01
-    superresolution: tuple[int, int] | None = None
+    superresolution: float = 1.0
+    subpixel: bool = False
 
 
 SIZES = {
     "full": Size(32768, 512, 512),
-    "compact": Size(8192, 256, 512, superresolution=(64, 32)),
+    "medium": Size(16384, 512, 512, superresolution=1 / 2),
+    "compact": Size(8192, 256, 512, superresolution=1 / 4, subpixel=True),
+    "tiny": Size(4096, 128, 512, superresolution=1 / 8, subpixel=True),
     "toy": Size(2048, 64, 128, style_lr_multiplier=1.0),
 }
 
@@ -71,18 +76,24 @@ class RayMaps(nn.Module):
 
 
 def _same(teacher: nn.Module, shape: Size) -> dict:
-    """The super-resolution's arguments: the teacher's, at most as wide as `shape` has it."""
+    """The super-resolution's arguments: the teacher's, as wide as `shape` has it."""
     kwargs = dict(teacher.config["superresolution_kwargs"])
-    if shape.superresolution is not None:
+    if shape.superresolution < 1:
         blocks = teacher.superresolution.block0, teacher.superresolution.block1
-        widths = [block.conv1.weight.shape[0] for block in blocks]
-        kwargs["channels"] = [min(a, b) for a, b in zip(widths, shape.superresolution, strict=True)]
+        kwargs |= _narrowed([block.conv1.weight.shape[0] for block in blocks], shape)
     return {
         "superresolution": teacher.config["superresolution"],
         "superresolution_kwargs": kwargs,
         "sr_antialias": teacher.rendering_kwargs["sr_antialias"],
         "superresolution_noise_mode": teacher.rendering_kwargs["superresolution_noise_mode"],
     }
+
+
+def _narrowed(widths: list[int], shape: Size) -> dict:
+    """`channels` and `subpixel` of a super-resolution that would have these widths."""
+    # In whole eights, which are what convolutions compute with.
+    first, second = (min(8 * math.ceil(width * shape.superresolution / 8), width) for width in widths)
+    return {"channels": [first, first if shape.subpixel else second], "subpixel": shape.subpixel}
 
 
 def _from_scratch(teacher: nn.Module, shape: Size) -> dict:
@@ -92,9 +103,9 @@ def _from_scratch(teacher: nn.Module, shape: Size) -> dict:
         sizes = ", ".join(map(str, sorted(names)))
         raise ValueError(f"Student: img_resolution must be one of {sizes}, got {teacher.img_resolution}")
     name = names[teacher.img_resolution]
-    most = shape.superresolution or (shape.channel_max, shape.channel_max // 2)
-    channels = [min(a, b) for a, b in zip(SHAPES[name].channels, most, strict=True)]
-    return {"superresolution": name, "superresolution_kwargs": {"channels": channels, "num_fp16_res": 0}}
+    most = shape.channel_max, shape.channel_max // 2
+    widths = [min(width, bound) for width, bound in zip(SHAPES[name].channels, most, strict=True)]
+    return {"superresolution": name, "superresolution_kwargs": {"num_fp16_res": 0} | _narrowed(widths, shape)}
 
 
 class Student(nn.Module):
@@ -113,6 +124,9 @@ class Student(nn.Module):
 
     `config` holds all of these as plain values; Student(**config) builds the same network.
     """
+
+    # Whether it starts as the teacher's.
+    superresolution_is_trained = False
 
     def __init__(
         self,
@@ -191,6 +205,7 @@ class Student(nn.Module):
         teacher: nn.Module,
         size: str = "full",
         neural_rendering_resolution: int | None = None,
+        scale: float = 1.0,
         **overrides,
     ) -> Student:
         """A new student of a teacher, of which it takes what there is; see fastgen.train.data.NerfGan.
@@ -198,13 +213,15 @@ class Student(nn.Module):
         `teacher.mapping_network`, a MappingNetwork, is copied and frozen, and `teacher.conditioning_scale` (1
         without) is what its c is multiplied by; without one the student's `mapping` raises ValueError, and ws
         are the teacher's own. `teacher.superresolution`, as EG3D's Teacher has it, is the start of the
-        student's, or, where the widths differ ('compact'), its model; without one it is made for the
-        teacher's img_resolution, and only enlarges to begin with.
-        size: one of SIZES. neural_rendering_resolution None: the teacher's. overrides: of the constructor's
-        arguments.
+        student's, or, where the size has a narrower one, its model; without one it is made for the
+        teacher's img_resolution. What does not start as the teacher's only enlarges to begin with.
+        size: one of SIZES. neural_rendering_resolution None: the teacher's. scale: of the
+        renderer's widths, for a teacher narrower than EG3D's. overrides: of the constructor's arguments.
         """
         if size not in SIZES:
             raise ValueError(f"Student: size must be one of {', '.join(SIZES)}, got {size!r}")
+        if not 0 < scale <= 1:
+            raise ValueError(f"Student: scale must be above 0 and at most 1, got {scale!r}")
         shape, mapping = SIZES[size], getattr(teacher, "mapping_network", None)
         mapping = mapping if isinstance(mapping, MappingNetwork) else None
         start = getattr(teacher, "superresolution", None)
@@ -218,20 +235,22 @@ class Student(nn.Module):
             "img_resolution": teacher.img_resolution,
             "neural_rendering_resolution": neural_rendering_resolution or teacher.neural_rendering_resolution,
             "feature_channels": teacher.feature_channels,
-            "channel_base": shape.channel_base,
-            "channel_max": shape.channel_max,
-            "style_dim": shape.style_dim,
+            "channel_base": round(shape.channel_base * scale),
+            "channel_max": round(shape.channel_max * scale),
+            "style_dim": round(shape.style_dim * scale),
             "style_lr_multiplier": shape.style_lr_multiplier,
         }
         config |= _from_scratch(teacher, shape) if start is None else _same(teacher, shape)
         student = cls(**config | overrides)
         if mapping is not None:
             student.teacher_mapping.load_state_dict(mapping.state_dict())
-        if start is None:
+        mine = student.config["superresolution_kwargs"]
+        if start is not None and mine == teacher.config["superresolution_kwargs"]:
+            student.superresolution.load_state_dict(start.state_dict())
+            student.superresolution_is_trained = True
+        else:
             for block in (student.superresolution.block0, student.superresolution.block1):
                 nn.init.zeros_(block.torgb.weight)
-        elif student.config["superresolution_kwargs"] == teacher.config["superresolution_kwargs"]:
-            student.superresolution.load_state_dict(start.state_dict())
         return student
 
     def renderer_parameters(self) -> Iterator[nn.Parameter]:

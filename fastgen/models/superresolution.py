@@ -36,6 +36,9 @@ class SuperResolution(nn.Module):
     name: one of SHAPES, which fixes the resolutions; `channels` overrides the widths of the two blocks.
     num_fp16_res > 0: float16 on a GPU, and activations clamped to 256 everywhere.
     antialias: of the bilinear resize to the input resolution.
+    subpixel: the second block stays at half the image's resolution, and its toRGB gives each pixel's four
+    (Shi et al. 2016, "Real-Time Single Image and Video Super-Resolution Using an Efficient Sub-Pixel
+    Convolutional Neural Network"). Ours: nothing wide is computed at full resolution.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class SuperResolution(nn.Module):
         channels: tuple[int, int] | None = None,
         num_fp16_res: int = 4,
         antialias: bool = True,
+        subpixel: bool = False,
     ):
         super().__init__()
         if name not in SHAPES:
@@ -59,7 +63,10 @@ class SuperResolution(nn.Module):
         common = {"img_channels": 3, "conv_clamp": 256 if fp16 else None, "use_fp16": fp16}
         first_up = shape.output == 4 * shape.input
         self.block0 = SynthesisBlock(in_channels, first, w_dim, shape.output // 2, up=first_up, **common)
-        self.block1 = SynthesisBlock(first, second, w_dim, shape.output, **common)
+        self.subpixel = subpixel
+        if subpixel:
+            common |= {"up": False, "img_channels": 12}
+        self.block1 = SynthesisBlock(first, second, w_dim, shape.output // (2 if subpixel else 1), **common)
         if not first_up:
             # Unused: it is in the released checkpoints of these shapes, and so in the state.
             self.register_buffer("resample_filter", ops.setup_filter(list(FILTER)))
@@ -81,5 +88,9 @@ class SuperResolution(nn.Module):
             )
         image = x[:, :3]
         x, image = self.block0(x, image, w, noise_mode)
-        x, image = self.block1(x, image, w, noise_mode)
+        if self.subpixel:
+            _, four = self.block1(x, None, w, noise_mode)
+            image = ops.upsample2d(image, self.block1.resample_filter) + nn.functional.pixel_shuffle(four, 2)
+        else:
+            x, image = self.block1(x, image, w, noise_mode)
         return image.contiguous()

@@ -115,11 +115,33 @@ def test_sizes(small_config, size):
     assert first.shape[0] == min(SIZES[size].channel_base // 4, SIZES[size].channel_max)
 
 
-def test_compact_has_a_narrower_super_resolution(small_config):
-    teacher = Teacher(**small_config | {"superresolution_kwargs": {"channels": [128, 16]}})
-    student = Student.from_teacher(teacher, "compact", channel_base=64)
-    assert student.config["superresolution_kwargs"]["channels"] == [64, 16]
-    assert student.superresolution.block0.conv1.weight.shape[0] == 64
+def test_narrower_super_resolution(small_config):
+    teacher = Teacher(**small_config | {"superresolution_kwargs": {"channels": [128, 48]}})
+    widths = {"full": [128, 48], "medium": [64, 24], "compact": [32, 32], "tiny": [16, 16]}
+    for size, expected in widths.items():
+        made = Student.from_teacher(teacher, size, scale=1 / 16)
+        blocks = made.superresolution.block0, made.superresolution.block1
+        assert [block.conv1.weight.shape[0] for block in blocks] == expected
+        assert made.superresolution_is_trained == (size == "full")
+        assert made.superresolution.subpixel == (size in ("compact", "tiny"))
+    assert made.config["channel_base"] == 256 and made.config["style_dim"] == 32
+
+
+def test_subpixel(teacher):
+    """It only enlarges to begin with; each pixel of half the size gives four."""
+    made = Student.from_teacher(teacher, "tiny", scale=1 / 16)
+    part, ws = made.superresolution, torch.randn(2, made.num_ws, made.w_dim)
+    features = torch.randn(2, 32, part.input_resolution, part.input_resolution)
+    enlarged = features[:, :3]
+    while enlarged.shape[-1] < part.img_resolution:
+        enlarged = fastgen.ops.upsample2d(enlarged, part.block1.resample_filter)
+    torch.testing.assert_close(made.super_resolve(features, ws), enlarged)
+    # Of block1's twelve channels 4k to 4k + 3 are colour k: of two rows, two columns each.
+    with torch.no_grad():
+        part.block1.torgb.bias.copy_(torch.arange(12))
+        added = made.super_resolve(features, ws) - enlarged
+    expected = torch.arange(12.0).view(3, 2, 2).repeat(1, *[part.img_resolution // 2] * 2)
+    torch.testing.assert_close(added, expected.expand_as(added), rtol=0, atol=1e-4)
 
 
 def test_file(teacher, student, tmp_path):
@@ -144,8 +166,10 @@ def test_errors(teacher, student):
         student.synthesis(torch.randn(1, student.num_ws, student.w_dim), c)
     with pytest.raises(ValueError, match="neural_rendering_resolution must be 8, .* or None, got 16"):
         student.synthesis(torch.randn(2, student.num_ws, student.w_dim), c, 16)
-    with pytest.raises(ValueError, match="size must be one of full, compact, toy, got 'tiny'"):
-        Student.from_teacher(teacher, "tiny")
+    with pytest.raises(ValueError, match="size must be one of full, medium, .*, toy, got 'small'"):
+        Student.from_teacher(teacher, "small")
+    with pytest.raises(ValueError, match="scale must be above 0 and at most 1, got 2"):
+        Student.from_teacher(teacher, scale=2)
     with pytest.raises(ValueError, match="pose_input must be 'mapping' or 'rays', got 'pixels'"):
         Student(pose_input="pixels")
     with pytest.raises(ValueError, match="style_dims must be from 1 to 512, got 0"):

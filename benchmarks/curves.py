@@ -1,0 +1,132 @@
+"""How time and memory of an image grow with its resolution, rays, samples and batch: a CSV and a plot.
+
+    python benchmarks/curves.py [--out DIR] [--name MACHINE]
+
+One quantity at a time is changed of an EG3D generator with random weights, 64 x 64 rays of 48 + 48 samples
+and 512 x 512 pixels, and of students of it, by fastgen in float32. The exponent p of cost ~ quantity^p is
+fitted by least squares of logarithms. Memory is what a call needs beyond its weights, measured before freed
+memory is kept; time after.
+"""
+
+import argparse
+import csv
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from images import figure_of
+
+import fastgen
+from fastgen import info, presets
+from fastgen.bench import peak_bytes, seconds
+from fastgen.models.student import Student
+from fastgen.models.superresolution import SHAPES
+from fastgen.models.teacher import Teacher
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MODELS = ("teacher", "student-full", "student-compact")
+NAMES = {128: "SuperresolutionHybrid2X", 256: "SuperresolutionHybrid4X", 512: "SuperresolutionHybrid8XDC"}
+# A student's costs do not depend on samples.
+SWEEPS = {
+    "image side": tuple(NAMES),
+    "rays": (32**2, 64**2, 128**2),
+    "samples": (24, 48, 96, 192),
+    "batch": (1, 2, 4, 8),
+}
+
+
+def call(
+    model: str, side: int = 512, rays: int = 64**2, samples: int = 96, batch: int = 1
+) -> Callable[[], object]:
+    """A function of nothing that makes images."""
+    torch.manual_seed(0)
+    name = NAMES[side]
+    kwargs = presets.get("ffhq512").teacher | {
+        "img_resolution": SHAPES[name].output,
+        "superresolution": name,
+        "neural_rendering_resolution": round(rays**0.5),
+    }
+    each = {"depth_resolution": samples // 2, "depth_resolution_importance": samples // 2}
+    generator = Teacher(**kwargs | {"rendering_kwargs": kwargs["rendering_kwargs"] | each})
+    if model != "teacher":
+        generator = Student.from_teacher(generator, model.removeprefix("student-"))
+    generator = generator.to(DEVICE).eval().requires_grad_(False)
+    z = torch.randn(batch, 512, device=DEVICE)
+    c = presets.get("ffhq512").camera.front().expand(batch, -1).contiguous().to(DEVICE)
+    return lambda: generator(z, c)
+
+
+def points() -> Iterator[tuple[str, str, int, dict]]:
+    """Model, quantity, its value, and what `call` takes for it."""
+    for quantity, values in SWEEPS.items():
+        for model in MODELS:
+            if quantity != "samples" or model == "teacher":
+                key = quantity.removeprefix("image ")
+                yield from ((model, quantity, value, {key: value}) for value in values)
+
+
+@torch.no_grad()
+def measured() -> list[dict]:
+    rows = [
+        {"model": model, "quantity": quantity, "value": value} | {"call": (model, options)}
+        for model, quantity, value, options in points()
+    ]
+    for row in rows:
+        made = call(row["call"][0], **row["call"][1])
+        made()
+        peak = peak_bytes(made)
+        row["peak_mb"] = None if peak is None else peak / 2**20
+    fastgen.keep_memory()
+    for row in rows:
+        model, options = row.pop("call")
+        made = call(model, **options)
+        made()
+        row["ms"] = 1e3 * statistics.median(seconds(made) for _ in range(5))
+    return rows
+
+
+def exponent(rows: list[dict], cost: str) -> float:
+    x, y = (np.log([row[key] for row in rows]) for key in ("value", cost))
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def plot(rows: list[dict], path: Path):
+    costs = {"ms": "ms", "peak_mb": "MB beyond weights"}
+    figure, axes = figure_of(len(costs), len(SWEEPS), (3.6, 3))
+    for ax, (cost, quantity) in zip(axes, [(c, q) for c in costs for q in SWEEPS], strict=True):
+        for model in MODELS:
+            line = [row for row in rows if (row["model"], row["quantity"]) == (model, quantity) and row[cost]]
+            if line:
+                x, y = ([row[key] for row in line] for key in ("value", cost))
+                ax.plot(x, y, "o-", markersize=4, label=f"{model}, ^{exponent(line, cost):.2f}")
+        ax.set(xscale="log", yscale="log", xlabel=quantity, ylabel=costs[cost])
+        ax.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--name", help="name of the files; default: the machine's")
+    args = parser.parse_args()
+    rows, machine = measured(), info.summary()
+    name = args.name or re.sub(r"\W+", "-", machine.split(",")[0]).strip("-").lower()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / f"curves-{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "machine"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | {"machine": machine} for row in rows)
+    plot(rows, args.out / f"curves-{name}.png")
+    for quantity in SWEEPS:
+        for model in MODELS:
+            line = [row for row in rows if (row["model"], row["quantity"]) == (model, quantity)]
+            if line:
+                said = [f"{cost} ^{exponent(line, cost):.2f}" for cost in ("ms", "peak_mb") if line[0][cost]]
+                print(f"{model} by {quantity}: {', '.join(said)}")
+
+
+if __name__ == "__main__":
+    main()
