@@ -71,11 +71,16 @@ test-wheel:
 test-matrix:
 	$(MAKE) test-wheel TESTED="tests/ops tests/models tests/compat tests/test_export.py -k 'not reference'"
 
+# Every op, a training step and whole images beside their baselines, and how costs grow: 15 minutes on two cores.
 bench: $(STAMP)
 	mkdir -p "$(OUT)"
 	for memory in kept returned; do \
-	  $(BIN)/python -m pytest benchmarks --memory=$$memory --benchmark-json="$(OUT)/$$memory.json"; done
-	$(BIN)/python benchmarks/report.py "$(OUT)/kept.json" "$(OUT)/returned.json"
+	  $(BIN)/python -m pytest benchmarks -k "not image" --memory=$$memory --benchmark-json="$(OUT)/$$memory.json"; done
+	$(BIN)/python benchmarks/report.py "$(OUT)/kept.json" "$(OUT)/returned.json" --out "$(OUT)/bench"
+	$(BIN)/fastgen bench --preset ffhq512 --json "$(OUT)/ffhq512.json"
+	$(BIN)/fastgen bench --preset toy --batch 1 8 --json "$(OUT)/toy.json"
+	$(BIN)/python benchmarks/images.py "$(OUT)/ffhq512.json" "$(OUT)/toy.json" --out "$(OUT)/bench"
+	$(BIN)/python benchmarks/curves.py --out "$(OUT)/bench"
 
 # All that a machine with a GPU can say, in ten minutes; one step of it: make gpu STEP=bench; DRY_RUN=1
 # rehearses on the CPU. Where make install has not run, PYTHON has to have torch, numpy, safetensors, pytest,

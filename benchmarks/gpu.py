@@ -5,10 +5,12 @@ test-cuda   the tests marked gpu on CUDA C++, and on what serves where that has 
 test-triton the same with Triton's kernels before all others, and whole generators on them
 memcheck, racecheck, initcheck
             compute-sanitizer's tools over a few of the tests on CUDA C++, where it is installed
-bench       every benchmark, each behind its correctness gate, but for torch.compile
-compile     the benchmarks of torch.compile, which take longest to start
+bench       the benchmarks of the ops, each behind its correctness gate, but for torch.compile
+compile     those of torch.compile, which take longest to start
+images      `fastgen bench` of ffhq512, batch 1, 8 and 32
 train       a training step of ffhq512, batch 32, random weights: images/s, memory, the teacher's share
-report      results/<card>.csv, a table and a plot of the newest bench
+report, report-images
+            results/<card>.csv, images-<card>.csv, tables and plots of what the folder holds
 
 Each step has its own time and its own log in the folder; what a step does not finish is stopped, and the next
 one goes on. Nothing is installed and nothing fetched: the checkout runs as it is.
@@ -66,10 +68,10 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
         ),
         Step(
             "test-cuda",
-            85,
+            75,
             [*test, *tests, *cuda, "-k", "cpu" if dry_run else "not triton", f"--junitxml={out}/cuda.xml"],
         ),
-        Step("test-triton", 95, [*test, *tests, *both, "-k", "triton", f"--junitxml={out}/triton.xml"]),
+        Step("test-triton", 80, [*test, *tests, *both, "-k", "triton", f"--junitxml={out}/triton.xml"]),
         *(
             Step(
                 tool,
@@ -82,16 +84,28 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
             )
             for tool in ("memcheck", "racecheck", "initcheck")
         ),
-        Step("bench", 110, [*bench, "-k", f"not compile {few}", f"--benchmark-json={out}/bench.json"]),
         Step(
-            "compile", 50, [*bench, "-k", "compile", f"--benchmark-json={out}/compile.json"], {},
+            "bench", 75,
+            [*bench, "-k", f"not image and not compile {few}", f"--benchmark-json={out}/bench.json"],
+        ),
+        Step(
+            "compile", 40, [*bench, "-k", "not image and compile", f"--benchmark-json={out}/compile.json"], {},
             "a dry run compiles nothing" if dry_run else "",
+        ),
+        Step(
+            "images", 90,
+            [*python, "-m", "fastgen", "bench", "--json", f"{out}/images.json", "--rounds", "3",
+             *(["--preset", "toy", "--only", "student-tiny"] if dry_run else ["--batch", "1", "8", "32"])],
         ),
         Step("train", 30, [*python, "benchmarks/train_step.py", *(["--preset", "toy"] if dry_run else [])]),
         Step(
-            "report", 15,
+            "report", 10,
             [*python, "benchmarks/report.py", *(f"{out}/{name}.json" for name in ("bench", "compile")),
              "--out", f"{out}/results"],
+        ),
+        Step(
+            "report-images", 10,
+            [*python, "benchmarks/images.py", f"{out}/images.json", "--out", f"{out}/results"],
         ),
     ]  # fmt: skip
 

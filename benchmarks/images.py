@@ -145,7 +145,11 @@ def main():
     parser.add_argument("--readme", type=Path, help="whose table is to be replaced")
     args = parser.parse_args()
 
-    every = [row for path in args.files for row in read(path)]
+    # A run that was killed leaves an empty file, or none.
+    files = [path for path in args.files if path.exists() and path.stat().st_size]
+    if not files:
+        parser.error(f"nothing was measured: {', '.join(map(str, args.files))} are empty or not there")
+    every = [row for path in files for row in read(path)]
     found = list({tuple(row[name] for name in KEY): row for row in every}.values())
     found.sort(key=lambda row: (row["preset"], row["batch"]))
     name = args.name or re.sub(r"\W+", "-", found[0]["machine"].split(",")[0]).strip("-").lower()
