@@ -89,7 +89,8 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
             [*bench, "-k", f"not image and not compile {few}", f"--benchmark-json={out}/bench.json"],
         ),
         Step(
-            "compile", 40, [*bench, "-k", "not image and compile", f"--benchmark-json={out}/compile.json"], {},
+            "compile", 40,
+            [*bench, "-k", "not image and compile", f"--benchmark-json={out}/compile.json"], {},
             "a dry run compiles nothing" if dry_run else "",
         ),
         Step(
