@@ -110,7 +110,9 @@ def measure(benchmark, memory, peaks):
             bytes=bytes,
             flop=flop,
             floor=max(bytes / peaks["bytes"], flop / peaks[dtype]),
-            peak=bench.peak_bytes(timed) if memory == "returned" or DEVICE == "cuda" else None,
+            peak=bench.peak_bytes(timed, torch.device(DEVICE))
+            if memory == "returned" or DEVICE == "cuda"
+            else None,
         )
         benchmark.pedantic(call, rounds=1 if _rehearses else rounds, warmup_rounds=1)
 

@@ -77,7 +77,7 @@ def measured() -> list[dict]:
     for row in rows:
         made = call(row["call"][0], **row["call"][1])
         made()
-        peak = peak_bytes(made)
+        peak = peak_bytes(made, DEVICE)
         row["peak_mb"] = None if peak is None else peak / 2**20
     fastgen.keep_memory()
     for row in rows:

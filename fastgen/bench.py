@@ -24,7 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -79,7 +79,7 @@ def cases(batches: tuple[int, ...], device: torch.device) -> list[Case]:
             return False
         if route == "compile" and name == "teacher":
             return dtype == _baseline(device)  # it takes minutes to compile
-        own = ("fastgen",) if name == "teacher-cached" else ("fastgen", "graph")
+        own = ("fastgen", "returned") if name == "teacher-cached" else ("fastgen", "returned", "graph")
         return name in COMPARED or route in own
 
     names, dtypes = ("teacher", "teacher-cached", *STUDENTS), (*DTYPES, *[MIXED] * (device.type == "cuda"))
@@ -235,10 +235,10 @@ def peaks(device: torch.device) -> dict[str, float]:
     return found
 
 
-def peak_bytes(call: Callable[[], object]) -> int | None:
-    """What a call needs beyond what it is given, its result included; None where that cannot be told, as on a
-    CPU after keep_memory()."""
-    if torch.cuda.is_available():
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """What a call needs beyond what it is given, its result included; None where that cannot be told. On a
+    CPU only before keep_memory()."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
@@ -296,7 +296,8 @@ def run(
     exact, gmac, plain_peak, memory = {}, {}, {}, {}
     for name in dict.fromkeys(case.case for case in every):
         first = generators.call(Case(name, "plain", "float32", 1))
-        plain_peak[name] = peak_bytes(lambda first=first, name=name: exact.update({name: first()})) or 0
+        made = functools.partial(lambda name, first: exact.update({name: first()}), name, first)
+        plain_peak[name] = peak_bytes(made, device) or 0
         gmac[name] = generators.gmac(name)
 
     times: dict[Case, list[float]] = {}
@@ -317,7 +318,8 @@ def run(
             try:
                 call = generators.call(case)
                 made = call()[:1]
-                memory[case] = peak_bytes(call) if case.route in RETURNED or device.type == "cuda" else None
+                if case.route in RETURNED or device.type == "cuda":
+                    memory[case] = peak_bytes(call, device)
             except torch.OutOfMemoryError:
                 continue
             require_right(case, made, exact[case.case])
@@ -332,29 +334,26 @@ def run(
             torch.compiler.reset()
 
     found = {case: statistics.median(taken) for case, taken in times.items()}
+    about = {"machine": info.summary()}
     # What keeps memory needs as much of it at once as what returns it.
-    twins = {"warm": "plain", "compile": None, "fastgen": "returned", "graph": "graph", "onnxruntime": None}
+    twins = {"warm": "plain", "fastgen": "returned"} if device.type == "cpu" else {}
     limits = peaks(device)
     limits[MIXED] = limits["bfloat16"]
     rows = []
     for case, taken in found.items():
         bytes_moved = generators.bytes(case.case, case.dtype) + exact[case.case].nbytes * case.batch
         floor = max(bytes_moved / limits["bytes"], 2e9 * gmac[case.case] * case.batch / limits[case.dtype])
-        twin = Case(case.case, twins.get(case.route) or case.route, case.dtype, case.batch)
-        peak = memory.get(case) or memory.get(twin)
-        rows.append(
-            {"preset": preset}
-            | asdict(case)
-            | {
-                "ms": taken * 1e3 / case.batch,
-                "images_per_s": case.batch / taken,
-                "peak_mb": None if peak is None else peak / 2**20,
-                "gmac": gmac[case.case],
-                "floor_pct": 100 * floor / taken,
-                **{f"speedup_vs_{route}": _speedup(found, case, route, _baseline(device)) for route in PLAIN},
-                "machine": info.summary(),
-            }
-        )
+        peak = memory.get(replace(case, route=twins.get(case.route, case.route)))
+        numbers = {
+            "ms": taken * 1e3 / case.batch,
+            "images_per_s": case.batch / taken,
+            "peak_mb": None if peak is None else peak / 2**20,
+            "gmac": gmac[case.case],
+            "floor_pct": 100 * floor / taken,
+        }
+        base = _baseline(device)
+        ratios = {f"speedup_vs_{route}": _speedup(found, case, route, base) for route in PLAIN}
+        rows.append({"preset": preset} | asdict(case) | numbers | ratios | about)
     return rows
 
 
