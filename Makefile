@@ -78,7 +78,7 @@ bench: $(STAMP)
 	  $(BIN)/python -m pytest benchmarks -k "not image" --memory=$$memory --benchmark-json="$(OUT)/$$memory.json"; done
 	$(BIN)/python benchmarks/report.py "$(OUT)/kept.json" "$(OUT)/returned.json" --out "$(OUT)/bench"
 	$(BIN)/fastgen bench --preset ffhq512 --json "$(OUT)/ffhq512.json"
-	$(BIN)/fastgen bench --preset toy --batch 1 8 --json "$(OUT)/toy.json"
+	$(BIN)/fastgen bench --preset toy --batch 1 8 $(addprefix --student ,$(wildcard $(OUT)/demo/student.safetensors)) --json "$(OUT)/toy.json"
 	$(BIN)/python benchmarks/images.py "$(OUT)/ffhq512.json" "$(OUT)/toy.json" --out "$(OUT)/bench"
 	$(BIN)/python benchmarks/curves.py --out "$(OUT)/bench"
 

@@ -3,9 +3,10 @@
     python benchmarks/curves.py [--out DIR] [--name MACHINE]
 
 One quantity at a time is changed of an EG3D generator with random weights, 64 x 64 rays of 48 + 48 samples
-and 512 x 512 pixels, and of students of it, by fastgen in float32. The exponent p of cost ~ quantity^p is
-fitted by least squares of logarithms. Memory is what a call needs beyond its weights, measured before freed
-memory is kept; time after.
+and 512 x 512 pixels, and of students of it, by fastgen in float32; with the image's side, too, the side that
+EG3D's super-resolution of that name begins with. The exponent p of cost ~ quantity^p is fitted by least
+squares of logarithms. Memory is what a call needs beyond its weights, measured before freed memory is kept;
+time after.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from images import figure_of
 
 import fastgen
 from fastgen import info, presets
-from fastgen.bench import peak_bytes, seconds
+from fastgen._timing import peak_bytes, seconds
+from fastgen.models.layers import compute_in
 from fastgen.models.student import Student
 from fastgen.models.superresolution import SHAPES
 from fastgen.models.teacher import Teacher
@@ -47,12 +49,14 @@ def call(
     kwargs = presets.get("ffhq512").teacher | {
         "img_resolution": SHAPES[name].output,
         "superresolution": name,
+        "superresolution_kwargs": {"channels": (256, 128)},
         "neural_rendering_resolution": round(rays**0.5),
     }
     each = {"depth_resolution": samples // 2, "depth_resolution_importance": samples // 2}
     generator = Teacher(**kwargs | {"rendering_kwargs": kwargs["rendering_kwargs"] | each})
     if model != "teacher":
         generator = Student.from_teacher(generator, model.removeprefix("student-"))
+    compute_in(generator, torch.float32)
     generator = generator.to(DEVICE).eval().requires_grad_(False)
     z = torch.randn(batch, 512, device=DEVICE)
     c = presets.get("ffhq512").camera.front().expand(batch, -1).contiguous().to(DEVICE)
@@ -103,7 +107,8 @@ def plot(rows: list[dict], path: Path):
                 x, y = ([row[key] for row in line] for key in ("value", cost))
                 ax.plot(x, y, "o-", markersize=4, label=f"{model}, ^{exponent(line, cost):.2f}")
         ax.set(xscale="log", yscale="log", xlabel=quantity, ylabel=costs[cost])
-        ax.legend(fontsize=7)
+        if ax.lines:
+            ax.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 
@@ -112,7 +117,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", help="name of the files; default: the machine's")
     args = parser.parse_args()
-    rows, machine = measured(), info.summary()
+    rows, machine = measured(), info.summary(DEVICE)
     name = args.name or re.sub(r"\W+", "-", machine.split(",")[0]).strip("-").lower()
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / f"curves-{name}.csv").open("w", newline="") as file:

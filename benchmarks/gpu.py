@@ -8,6 +8,7 @@ memcheck, racecheck, initcheck
 bench       the benchmarks of the ops, each behind its correctness gate, but for torch.compile
 compile     those of torch.compile, which take longest to start
 images      `fastgen bench` of ffhq512, batch 1, 8 and 32
+curves      how costs grow with resolution, rays, samples and batch
 train       a training step of ffhq512, batch 32, random weights: images/s, memory, the teacher's share
 report, report-images
             results/<card>.csv, images-<card>.csv, tables and plots of what the folder holds
@@ -61,14 +62,14 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
     return [
         Step(
             "build",
-            90,
+            80,
             [*python, "setup.py", "build_ext", "--inplace"],
             {"FASTGEN_CUDA": "1", "MAX_JOBS": str(os.cpu_count()), "TORCH_CUDA_ARCH_LIST": _capability()},
             "a dry run builds nothing" if dry_run else "" if nvcc else "no nvcc here",
         ),
         Step(
             "test-cuda",
-            75,
+            70,
             [*test, *tests, *cuda, "-k", "cpu" if dry_run else "not triton", f"--junitxml={out}/cuda.xml"],
         ),
         Step("test-triton", 80, [*test, *tests, *both, "-k", "triton", f"--junitxml={out}/triton.xml"]),
@@ -85,20 +86,24 @@ def steps(out: Path, dry_run: bool) -> list[Step]:
             for tool in ("memcheck", "racecheck", "initcheck")
         ),
         Step(
-            "bench", 75,
+            "bench", 65,
             [*bench, "-k", f"not image and not compile {few}", f"--benchmark-json={out}/bench.json"],
         ),
         Step(
-            "compile", 40,
+            "compile", 35,
             [*bench, "-k", "not image and compile", f"--benchmark-json={out}/compile.json"], {},
             "a dry run compiles nothing" if dry_run else "",
         ),
         Step(
-            "images", 90,
+            "images", 75,
             [*python, "-m", "fastgen", "bench", "--json", f"{out}/images.json", "--rounds", "3",
              *(["--preset", "toy", "--only", "student-tiny"] if dry_run else ["--batch", "1", "8", "32"])],
         ),
-        Step("train", 30, [*python, "benchmarks/train_step.py", *(["--preset", "toy"] if dry_run else [])]),
+        Step(
+            "curves", 30, [*python, "benchmarks/curves.py", "--out", f"{out}/results"], {},
+            "a dry run measures nothing" if dry_run else "",
+        ),
+        Step("train", 25, [*python, "benchmarks/train_step.py", *(["--preset", "toy"] if dry_run else [])]),
         Step(
             "report", 10,
             [*python, "benchmarks/report.py", *(f"{out}/{name}.json" for name in ("bench", "compile")),

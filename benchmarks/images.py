@@ -21,6 +21,7 @@ COLUMNS = {
     "plain PyTorch": ("plain", "float32"),
     "the same, memory kept": ("warm", "float32"),
     "torch.compile": ("compile", "float32"),
+    "torch.compile, bfloat16": ("compile", "bfloat16"),
     "ONNX Runtime": ("onnxruntime", "float32"),
     "fastgen": ("fastgen", "float32"),
     "fastgen, bfloat16": ("fastgen", "bfloat16"),
@@ -65,12 +66,15 @@ def summary(found: list[dict]) -> str:
     lines = [head]
     for case in dict.fromkeys(row["case"] for row in rows):
         by = {(row["route"], row["dtype"]): row for row in rows if row["case"] == case}
-        best, plain = by["fastgen", "bfloat16"], by.get(("plain", "float32"), {})
+        best, plain = by.get(("fastgen", "bfloat16")), by.get(("plain", "float32"), {})
+        if best is None:
+            continue
+        ratios = [best[f"speedup_vs_{route}"] for route in ("plain", "warm", "compile")]
         lines.append(
             [case.replace("-", ", "), f"{best['gmac']:.1f}"]
             + [f"{by[c]['ms']:.0f}" if c in by else "" for c in COLUMNS.values()]
             + [f"{peak:.0f}" if peak else "" for peak in (plain.get("peak_mb"), best["peak_mb"])]
-            + [f"{best[f'speedup_vs_{route}']:.0f}" for route in ("plain", "warm", "compile")]
+            + ["" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
         )
     machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
     return f"{markdown(lines, 1)}\n\n{machines}."
@@ -79,6 +83,8 @@ def summary(found: list[dict]) -> str:
 def bars(found: list[dict], path: Path):
     """How many times as many images a second as the plain float32 teacher."""
     found = [row for row in found if row["speedup_vs_plain"] and row["route"] not in ("returned", "graph")]
+    if not found:
+        return
     groups = list(dict.fromkeys((row["preset"], row["batch"]) for row in found))
     figure, axes = figure_of(1, len(groups), (6.5, 0.6 + 0.19 * len(found) / len(groups) * 1.3))
     for ax, (preset, batch) in zip(axes, groups, strict=True):

@@ -61,6 +61,22 @@ def modulated(up: int):
     return run
 
 
+def to_rgb(x, b, f, w, s):
+    return ops.modulated_conv2d(x, w[:3, :, :1, :1], s, demodulate=False, bias=b[:3], clamp=256)
+
+
+def of_four(x, b, f, w, s):
+    """Samples of their own styles."""
+    x = x.expand(4, -1, -1, -1)
+    return ops.modulated_conv2d(x, w, s * torch.arange(1, 5, device=s.device)[:, None], padding=1)
+
+
+def sampled(x, b, f, w, s):
+    """A grid that turns the image by a sixth of a circle."""
+    turn = torch.tensor([[[0.5, -0.8660254, 0.0], [0.8660254, 0.5, 0.0]]], dtype=x.dtype, device=x.device)
+    return ops.grid_sample(x, torch.nn.functional.affine_grid(turn, x.shape, align_corners=False))
+
+
 CASES = [
     Case("upsample2d", 128, 256, lambda x, b, f, w, s: ops.upsample2d(x, f), 8),
     Case("downsample2d", 128, 512, lambda x, b, f, w, s: ops.downsample2d(x, f), 32),
@@ -78,7 +94,20 @@ CASES = [
     Case("filtered_lrelu", 64, 128, filtered_lrelu, 164, f=low_pass(12)),
     Case("modulated_conv2d_up2", 256, 256, modulated(2), 2 * 256 * 9 / 4, 128),
     Case("modulated_conv2d", 128, 512, modulated(1), 2 * 128 * 9, 128),
+    Case("modulated_conv2d_batch_4", 128, 128, of_four, 2 * 128 * 9, 128),
+    Case("to_rgb", 128, 512, to_rgb, 2 * 128, 128),
+    Case(
+        "conv2d_resample_down2",
+        128,
+        256,
+        lambda x, b, f, w, s: ops.conv2d_resample(x, w, f, down=2, padding=1),
+        2 * 128 * 9 + 32 * 4,
+        128,
+    ),
+    Case("grid_sample", 128, 256, sampled, 8),
+    Case("fma", 128, 256, lambda x, b, f, w, s: ops.fma(x, b[:, None, None], x), 2),
 ]
+GRADIENTS = ("upsample2d", "bias_act_lrelu_clamp", "filtered_lrelu", "modulated_conv2d_batch_4")
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -116,4 +145,45 @@ def test_op(measure, case, dtype, layout, route):
         route=route,
         bytes=full[0].nbytes + result.nbytes + weights,
         flop=case.flop * result.numel(),
+    )
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradient(measure, name, route):
+    """Of the image, bias, weight and styles, where there are any: three times the FLOP of the result."""
+    case = next(case for case in CASES if case.name == name)
+
+    def inputs(size, dtype=torch.float32):
+        torch.manual_seed(0)
+        x = torch.randn(1, case.channels, size, size)
+        w, s = torch.randn(max(1, case.outputs), case.channels, 3, 3), torch.randn(1, case.channels) + 1
+        return [t.to(DEVICE, dtype) for t in (x, torch.randn(case.outputs or case.channels), case.f, w, s)]
+
+    def gradients(route, x, b, f, w, s):
+        variables = [x, b, w, s] if case.outputs else [x, b]
+        run = on_route(route, lambda x, b, w=w, s=s: case.run(x, b, f, w, s))
+        result = run(*(t.requires_grad_() for t in variables))
+        dy = torch.ones_like(result)
+        options = {"retain_graph": True, "allow_unused": True}
+        return result, lambda: torch.autograd.grad(result, variables, dy, **options)
+
+    small = inputs(scaled(32))
+    for got, exact in zip(
+        gradients(route, *small)[1](), gradients("pytorch", *(t.double() for t in small))[1](), strict=True
+    ):
+        if exact is not None:
+            error = (got.double() - exact).abs().max() / exact.abs().max()
+            assert error <= 1e-4, "wrong result, not timed"
+    full = inputs(scaled(case.size))
+    result, timed = gradients(route, *full)
+    measure(
+        timed,
+        5,
+        op=f"{name}_gradient",
+        shape="x".join(map(str, full[0].shape)) + (f" to {case.outputs}" if case.outputs else ""),
+        dtype="float32",
+        route=route,
+        bytes=2 * (full[0].nbytes + result.nbytes),
+        flop=3 * case.flop * result.numel(),
     )

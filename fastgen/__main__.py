@@ -313,7 +313,7 @@ class Bench:
     batch: tuple[int, ...] = (1,)
     """Images at a time, one number or several."""
     only: tuple[str, ...] = ()
-    """These generators alone, such as teacher student-compact; without, all."""
+    """These generators alone, such as teacher student-compact; without, all. Speed-ups need teacher."""
     student: Annotated[Path | None, tyro.conf.arg(metavar="FILE.safetensors")] = None
     """A student to measure, too, of a teacher like the preset's."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
@@ -330,6 +330,8 @@ class Bench:
             raise ValueError(f"batch must be numbers from 1 to 4096, got {self.batch}")
         if not 1 <= self.rounds <= 10_000:
             raise ValueError(f"rounds must be from 1 to 10000, got {self.rounds}")
+        if not self.limit >= 0:
+            raise ValueError(f"limit must be at least 0, got {self.limit}")
 
     def run(self):
         from . import bench, info, pictures
@@ -338,9 +340,10 @@ class Bench:
             pictures.prepare(self.json, ".json")
         batches = tuple(sorted(set(self.batch)))
         device = info.find_device(self.device)
-        rows = bench.run(self.preset, batches, self.only, self.student, self.rounds, self.limit, device)
-        if self.json is not None:
-            self.json.write_text(json.dumps(rows, indent=2) + "\n")
+        rows = []
+        for rows in bench.run(self.preset, batches, self.only, self.student, self.rounds, self.limit, device):
+            if self.json is not None:
+                self.json.write_text(json.dumps(rows, indent=2) + "\n")
         print(bench.shown(rows))
 
 
@@ -429,20 +432,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain(argv, "interrupted", 130)
     except (OSError, ValueError, FloatingPointError, RuntimeError) as error:
-        known = not isinstance(error, RuntimeError) or isinstance(error, BackendError) or _no_memory(error)
+        from .info import is_out_of_memory
+
+        known = not isinstance(error, RuntimeError) or isinstance(error, BackendError)
+        known = known or is_out_of_memory(error)
         if os.environ.get("FASTGEN_DEBUG") or not known:
             raise
         named = isinstance(error, OSError) and error.filename is not None and error.strerror
         return _complain(argv, f"{error.filename}: {error.strerror}" if named else str(error))
     return 0
-
-
-def _no_memory(error: RuntimeError) -> bool:
-    import torch
-
-    # On the CPU, and out of kernels in C++, it has no class of its own.
-    words = "not enough memory", "out of memory", "can't allocate memory"
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
 def parse_seeds(text: str) -> list[int]:

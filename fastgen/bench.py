@@ -12,16 +12,16 @@ graph        the same in a CUDA graph
 onnxruntime  a student as `fastgen export` writes it
 
 Weights are random, but for the toy's teacher: speed does not depend on them. A result that is wrong is not
-timed. Rounds go through all cases in turn, so that what slows the machine down slows all; medians of them.
+timed. On a CPU all that returns memory is measured first, then what keeps it, then what is compiled; within
+each, rounds go through all cases in turn, and medians of them count.
 """
 
 from __future__ import annotations
 
-import ctypes
+import copy
 import functools
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -35,17 +35,19 @@ import fastgen
 
 from . import info, presets
 from ._text import table
+from ._timing import DTYPES, free_bytes, peak_bytes, peaks, seconds
 from .models.layers import SynthesisBlock, compute_in
 from .models.student import SIZES, Student
 from .models.teacher import Teacher
 from .pictures import progress
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # On a GPU, what EG3D's own teacher is: float16 at its highest resolutions.
 MIXED = "mixed"
 PLAIN = ("plain", "warm", "compile")
 # Before keep_memory(), on a CPU; the others come after it.
 RETURNED = ("plain", "returned")
+# What is measured alone, for it holds memory of its own.
+ALONE = ("compile", "graph")
 STUDENTS = tuple(f"student-{size}" for size in SIZES if size != "toy")
 # Those that run on all routes; of the others fastgen's is enough.
 COMPARED = ("teacher", "student-full", "student-compact")
@@ -103,7 +105,7 @@ class Generators:
         kwargs = presets.get(preset).teacher
         self.teacher = fastgen.load_teacher("toy") if preset == "toy" else Teacher(**kwargs)
         self.scale = min(1.0, self.teacher.config["channel_max"] / 512)
-        self.file = student
+        self.student = None if student is None else fastgen.load_student(student)
         self.z = torch.randn(batch, self.teacher.z_dim, device=device)
         self.c = presets.get(preset).camera.front().expand(batch, -1).contiguous().to(device)
         self._made: dict[tuple[str, str], nn.Module] = {}
@@ -117,7 +119,7 @@ class Generators:
                 model = type(self.teacher)(**self.teacher.config)
                 model.load_state_dict(self.teacher.state_dict())
             elif name == "student":
-                model = fastgen.load_student(self.file)
+                model = copy.deepcopy(self.student)
             else:
                 model = Student.from_teacher(self.teacher, name.removeprefix("student-"), scale=self.scale)
                 for part, weight in model.named_parameters():
@@ -155,16 +157,20 @@ class Generators:
         return run
 
     def bytes(self, name: str, dtype: str) -> int:
-        """Of the weights."""
-        size = DTYPES.get(dtype, torch.float32).itemsize
-        return size * sum(p.numel() for p in self.model(name, dtype).parameters())
+        """Of the weights that make an image, or of planes where these are there."""
+        model, size = self.model(name, dtype), DTYPES.get(dtype, torch.float32).itemsize
+        numbers = sum(p.numel() for p in model.parameters())
+        if name == "teacher-cached":
+            planes = 3 * model.plane_channels * model.config["plane_resolution"] ** 2
+            numbers += planes - sum(p.numel() for p in model.backbone.parameters())
+        return size * numbers
 
-    @functools.cache  # noqa: B019
-    def gmac(self, name: str) -> float:
-        """10^9 multiply-adds of an image, counted on plain operations, where all products are in sight."""
-        with FlopCounterMode(display=False) as counter:
-            self.call(Case(name, "plain", "float32", 1))()
-        return counter.get_total_flops() / 2e9
+    @torch.no_grad()
+    def exact(self, name: str) -> tuple[Tensor, float]:
+        """The first image by plain operations in float32; and its 10^9 multiply-adds, all in sight there."""
+        with FlopCounterMode(display=False) as counter, torch.backends.cudnn.flags(allow_tf32=False):
+            image = self.call(Case(name, "plain", "float32", 1))()
+        return image, counter.get_total_flops() / 2e9
 
 
 @contextmanager
@@ -200,75 +206,6 @@ def _exported(student: Student, z: Tensor, c: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def synchronise():
-    """Wait for the GPU where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(call: Callable[[], object], repeat: int = 1) -> float:
-    """Wall time of a call, of so many that are timed together."""
-    synchronise()
-    start = time.perf_counter()
-    for _ in range(repeat):
-        call()
-    synchronise()
-    return (time.perf_counter() - start) / repeat
-
-
-def peaks(device: torch.device) -> dict[str, float]:
-    """bytes/s of a copy between warm buffers, FLOP/s of a bare channels-last convolution in each dtype."""
-
-    def best(call: Callable[[], object]) -> float:
-        return min([seconds(call) for _ in range(6)][1:])
-
-    x = torch.randn(128, 512, 512, device=device)
-    y = torch.empty_like(x)
-    found = {"bytes": 2 * x.nbytes / best(lambda: y.copy_(x))}
-    for name, dtype in DTYPES.items():
-        image = torch.randn(1, 128, 256, 256, device=device, dtype=dtype)
-        image = image.contiguous(memory_format=torch.channels_last)
-        weight = torch.randn(128, 128, 3, 3, device=device, dtype=dtype)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        taken = best(lambda i=image, w=weight: torch.nn.functional.conv2d(i, w, padding=1))
-        found[name] = 2 * 9 * 128 * image.numel() / taken
-    return found
-
-
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """What a call needs beyond what it is given, its result included; None where that cannot be told. On a
-    CPU only before keep_memory()."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    fastgen.empty_workspace()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    except (AttributeError, OSError):
-        return None
-    before = _status("self/status", "VmRSS")
-    call()
-    return _status("self/status", "VmHWM") - before
-
-
-def _status(file: str, key: str) -> int:
-    lines = (Path("/proc") / file).read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
-
-
-def _free_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return _status("meminfo", "MemAvailable")
-    except (OSError, StopIteration):
-        return float("inf")
-
-
 @torch.no_grad()
 def run(
     preset: str,
@@ -278,101 +215,145 @@ def run(
     rounds: int = 5,
     limit: float = 20.0,
     device: torch.device = torch.device("cpu"),  # noqa: B008
-) -> list[dict]:
-    """Measure the cases of a preset; keeps memory from the middle on, and for good.
+) -> Iterator[list[dict]]:
+    """Measure the cases of a preset. Keeps memory from the middle on, and for good: once in a process.
 
     only: names of generators, none for all. limit: seconds that a case has, LEAST rounds it has anyway.
-    Returns: a row for each case, as README explains them. Cases that do not fit into memory have none.
+    Yields: a row for each case that is done, as SHOWN and MEANING explain them, more of them each time. Cases
+            that do not fit into memory have none.
+    Raises: ValueError on unknown names, FloatingPointError on a wrong image.
     """
     every = cases(batches, device)
     if student is not None:
-        every += [Case("student", c.route, c.dtype, c.batch) for c in every if c.case == "student-compact"]
+        every += [replace(c, case="student") for c in every if c.case == "student-compact"]
     unknown = sorted(set(only) - {case.case for case in every})
     if unknown:
         known = ", ".join(dict.fromkeys(case.case for case in every))
         raise ValueError(f"only must be among {known}, got {', '.join(unknown)}")
     every = [case for case in every if not only or case.case in only]
-    generators = Generators(preset, device, max(batches), student)
-    exact, gmac, plain_peak, memory = {}, {}, {}, {}
-    for name in dict.fromkeys(case.case for case in every):
-        first = generators.call(Case(name, "plain", "float32", 1))
-        made = functools.partial(lambda name, first: exact.update({name: first()}), name, first)
-        plain_peak[name] = peak_bytes(made, device) or 0
-        gmac[name] = generators.gmac(name)
-
-    times: dict[Case, list[float]] = {}
-    stages = [
-        [case for case in every if case.route in RETURNED],
-        [case for case in every if case.route not in (*RETURNED, "compile")],
-        *([case] for case in every if case.route == "compile"),
-    ]
     if device.type == "cuda":
-        stages[:2] = [stages[0] + stages[1]]
+        torch.cuda.set_device(device)
+    about = {"machine": info.summary(device)}
+    generators = Generators(preset, device, max(batches), student)
+    limits, done, exact = peaks(device), _Done({}, {}), {}
+    own = "fastgen" if device.type == "cuda" else "returned"
+
+    def first(name: str):
+        exact[name] = generators.exact(name)
+
+    for name in dict.fromkeys(case.case for case in every):
+        done.memory[Case(name, "plain", "float32", 1)] = peak_bytes(functools.partial(first, name), device)
+        case = Case(name, own, "float32", 1)
+        done.memory[case] = peak_bytes(generators.call(case), device)
+    together = [case for case in every if case.route not in ALONE]
+    first = RETURNED if device.type == "cpu" else (*RETURNED, "fastgen")
+    stages = [[case for case in together if case.route in first]]
+    stages += [[case for case in together if case.route not in first and case.batch == n] for n in batches]
+    stages += [[case] for case in every if case.route in ALONE]
     for number, stage in enumerate(stages):
         if number == 1:
             fastgen.keep_memory()
-        calls = {}
-        for case in progress(stage, len(stage), "warm-up"):
-            if case.route in PLAIN and plain_peak[case.case] * case.batch > 0.7 * _free_bytes(device):
-                continue
-            try:
-                call = generators.call(case)
-                made = call()[:1]
-                if case.route in RETURNED or device.type == "cuda":
-                    memory[case] = peak_bytes(call, device)
-            except torch.OutOfMemoryError:
-                continue
-            require_right(case, made, exact[case.case])
-            taken = seconds(call)
-            calls[case] = call, max(1, round(TOGETHER / taken))
-            times[case] = []
-        for turn in progress(range(rounds), rounds, "rounds"):
-            for case, (call, repeat) in calls.items():
-                if turn < LEAST or sum(times[case]) < limit:
-                    times[case].append(seconds(call, repeat))
+        _measure(stage, generators, {name: image for name, (image, _) in exact.items()}, done, rounds, limit)
         if stage and stage[0].route == "compile":
             torch.compiler.reset()
+        yield [
+            {"preset": preset}
+            | asdict(case)
+            | _numbers(case, done, exact[case.case], generators.bytes(case.case, case.dtype), limits, device)
+            | about
+            for case in every
+            if case in done.seconds
+        ]
 
-    found = {case: statistics.median(taken) for case, taken in times.items()}
-    about = {"machine": info.summary()}
-    # What keeps memory needs as much of it at once as what returns it.
+
+@dataclass
+class _Done:
+    seconds: dict[Case, float]
+    memory: dict[Case, int | None]
+
+
+def _measure(
+    stage: list[Case],
+    generators: Generators,
+    exact: dict[str, Tensor],
+    done: _Done,
+    rounds: int,
+    limit: float,
+):
+    calls, times, device = {}, {}, generators.device
+    for case in progress(stage, len(stage), "warm-up"):
+        # As much as one image needs, so many times; of what keeps memory, as what returns it.
+        plain = "plain" if case.route in PLAIN else "fastgen" if device.type == "cuda" else "returned"
+        one = done.memory.get(Case(case.case, plain, "float32", 1)) or 0
+        if one * case.batch > 0.7 * free_bytes(device) and not _fitted(case, done):
+            continue
+        try:
+            call = generators.call(case)
+            image = call()[:1]
+            if device.type == "cuda" and case.route != "graph" or case.route in RETURNED:
+                done.memory[case] = peak_bytes(call, device)
+        except RuntimeError as error:
+            if not info.is_out_of_memory(error):
+                raise
+            continue
+        require_right(case, image, exact[case.case])
+        calls[case] = call, max(1, round(TOGETHER / seconds(call)))
+        times[case] = []
+    for turn in progress(range(rounds), rounds, "rounds"):
+        for case, (call, repeat) in calls.items():
+            if turn < LEAST or sum(times[case]) < limit:
+                times[case].append(seconds(call, repeat))
+    done.seconds |= {case: statistics.median(taken) for case, taken in times.items()}
+
+
+def _fitted(case: Case, done: _Done) -> bool:
+    """Whether the same has run already: memory that is kept is not free, and there all the same."""
+    route = "plain" if case.route in PLAIN else "returned"
+    return replace(case, route=route) in done.seconds
+
+
+def _numbers(
+    case: Case,
+    done: _Done,
+    exact: tuple[Tensor, float],
+    weights: int,
+    limits: dict[str, float],
+    device: torch.device,
+) -> dict[str, float | None]:
+    taken, (image, gmac) = done.seconds[case], exact
+    products = 2e9 * gmac * case.batch / limits["bfloat16" if case.dtype == MIXED else case.dtype]
+    floor = max((weights + image.nbytes * case.batch) / limits["bytes"], products)
     twins = {"warm": "plain", "fastgen": "returned"} if device.type == "cpu" else {}
-    limits = peaks(device)
-    limits[MIXED] = limits["bfloat16"]
-    rows = []
-    for case, taken in found.items():
-        bytes_moved = generators.bytes(case.case, case.dtype) + exact[case.case].nbytes * case.batch
-        floor = max(bytes_moved / limits["bytes"], 2e9 * gmac[case.case] * case.batch / limits[case.dtype])
-        peak = memory.get(replace(case, route=twins.get(case.route, case.route)))
-        numbers = {
-            "ms": taken * 1e3 / case.batch,
-            "images_per_s": case.batch / taken,
-            "peak_mb": None if peak is None else peak / 2**20,
-            "gmac": gmac[case.case],
-            "floor_pct": 100 * floor / taken,
-        }
-        base = _baseline(device)
-        ratios = {f"speedup_vs_{route}": _speedup(found, case, route, base) for route in PLAIN}
-        rows.append({"preset": preset} | asdict(case) | numbers | ratios | about)
-    return rows
+    peak = done.memory.get(replace(case, route=twins.get(case.route, case.route)))
+    # A GPU's allocator keeps memory.
+    bases = {route: "plain" if (route, device.type) == ("warm", "cuda") else route for route in PLAIN}
+    return {
+        "ms": taken * 1e3 / case.batch,
+        "images_per_s": case.batch / taken,
+        "peak_mb": None if peak is None else peak / 2**20,
+        "gmac": gmac,
+        "floor_pct": 100 * floor / taken,
+        **{f"speedup_vs_{route}": _speedup(done, case, base, device) for route, base in bases.items()},
+    }
+
+
+def _speedup(done: _Done, case: Case, route: str, device: torch.device) -> float | None:
+    """How many times as many images a second as the teacher's on a route, at the same batch or, where that
+    does not fit into memory, at the largest below it that does."""
+    base = [Case("teacher", route, _baseline(device), n) for n in range(case.batch, 0, -1)]
+    found = next((c for c in base if c in done.seconds), None)
+    if found is None:
+        return None
+    return done.seconds[found] / found.batch / (done.seconds[case] / case.batch)
 
 
 def require_right(case: Case, image: Tensor, exact: Tensor):
-    """Raise unless an image is that of plain operations in float32, within its dtype."""
+    """FloatingPointError unless an image is that of plain operations in float32, within its dtype."""
     error = ((image.double() - exact).square().mean().sqrt() / exact.double().std()).item()
-    if not error < (1e-3 if case.dtype == "float32" else 3e-2):
-        raise ArithmeticError(f"{case}: wrong by {error:.3g} of the images' deviation, not timed")
-
-
-def _speedup(found: dict[Case, float], case: Case, route: str, dtype: str) -> float | None:
-    """How many times as many images a second as the teacher's on a route, at the same batch or, where that
-    does not fit into memory, at the largest below it that does."""
-    there = [c for c in found if (c.case, c.route, c.dtype) == ("teacher", route, dtype)]
-    there = [c for c in there if c.batch <= case.batch]
-    if not there:
-        return None
-    base = max(there, key=lambda c: c.batch)
-    return found[base] / base.batch / (found[case] / case.batch)
+    # On a GPU PyTorch's own float32 convolutions round to TF32.
+    allowed = 2e-2 if case.dtype != "float32" else 5e-3 if image.is_cuda else 1e-3
+    if not error < allowed:
+        raise FloatingPointError(f"{case}: wrong by {error:.3g} of the images' deviation, not timed")
 
 
 SHOWN = {
@@ -392,9 +373,9 @@ SHOWN = {
 MEANING = (
     "x plain, warm, compile: images a second over those of the teacher on that route (in float32; on a GPU "
     "in EG3D's own mixture), at the same batch, or at the largest below it that fits into memory. Peak: "
-    "beyond weights and inputs. % of floor: the time of the GMAC, or of the bytes of weights and image, at "
-    "this machine's measured peaks, over the time taken; above 100 where Winograd's convolutions need fewer "
-    "products."
+    "beyond weights and inputs; of what keeps memory, as of what returns it. % of floor: the time of the "
+    "GMAC, or of the bytes of weights and image, at this machine's measured peaks, over the time taken; "
+    "above 100 where Winograd's convolutions need fewer products."
 )
 
 

@@ -31,6 +31,12 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """On the CPU, and out of kernels in C++, it has no class of its own."""
+    words = "not enough memory", "out of memory", "can't allocate memory"
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
+
+
 def versions() -> dict[str, str | None]:
     """Versions by name; None where something is not installed."""
     return {
@@ -77,12 +83,15 @@ def served() -> dict[str, dict[str, dict[str, str]]]:
     }
 
 
-def summary() -> str:
-    """Machine and versions in one line, to stand below a table."""
+def summary(device: torch.device | None = None) -> str:
+    """Machine and versions in one line, to stand below a table. device None: a GPU if there is one."""
     here, has = machine(), versions()
-    where = here["gpus"] or [f"{here['cpu']}, {here['cores']} cores, threads: {here['threads']}"]
+    device = device or find_device("auto")
+    where = f"{here['cpu']}, {here['cores']} cores, threads: {here['threads']}"
+    if device.type == "cuda":
+        where = here["gpus"][device.index or 0]
     commit = f", commit {has['commit']}" if has["commit"] else ""
-    return f"{where[0]}; torch {has['torch']}, Python {has['python']}, fastgen {has['fastgen']}{commit}"
+    return f"{where}; torch {has['torch']}, Python {has['python']}, fastgen {has['fastgen']}{commit}"
 
 
 def commit() -> str | None:

@@ -93,7 +93,7 @@ def _narrowed(widths: list[int], shape: Size) -> dict:
     """`channels` and `subpixel` of a super-resolution that would have these widths."""
     # In whole eights, which are what convolutions compute with.
     first, second = (min(8 * math.ceil(width * shape.superresolution / 8), width) for width in widths)
-    return {"channels": [first, first if shape.subpixel else second], "subpixel": shape.subpixel}
+    return {"channels": [first, first], "subpixel": True} if shape.subpixel else {"channels": [first, second]}
 
 
 def _from_scratch(teacher: nn.Module, shape: Size) -> dict:

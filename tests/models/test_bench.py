@@ -1,10 +1,6 @@
 """`fastgen bench`, on a tiny generator: what is measured, what a row says, what is not timed."""
 
-import importlib.util
 import json
-import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +17,7 @@ def preset(small_config, monkeypatch):
     made = presets.Preset(small_config, presets.get("toy").camera)
     monkeypatch.setitem(presets.PRESETS, "shapenetcars128", made)
     monkeypatch.setattr(bench, "TOGETHER", 0)
+    monkeypatch.setattr(bench, "peaks", lambda device: dict.fromkeys(("bytes", *bench.DTYPES), 1e9))
     # What holds for the process would hold for all tests.
     monkeypatch.setattr("fastgen.keep_memory", lambda: True)
 
@@ -33,6 +30,7 @@ bench_cases = bench.cases
 
 
 def test_cases():
+    pytest.importorskip("onnxruntime")
     found = bench.cases((1, 8), CPU)
     assert len(found) == len(set(found))
     assert Case("student-compact", "onnxruntime", "float32", 8) in found
@@ -49,7 +47,7 @@ def test_cases():
 
 def test_rows(monkeypatch):
     monkeypatch.setattr(bench, "cases", without_compile)
-    rows = bench.run("shapenetcars128", (1, 2), ("teacher", "teacher-cached", "student-tiny"), rounds=3)
+    *_, rows = bench.run("shapenetcars128", (1, 2), ("teacher", "teacher-cached", "student-tiny"), rounds=3)
     by = {(row["case"], row["route"], row["dtype"], row["batch"]): row for row in rows}
     assert (
         len(by)
@@ -69,15 +67,19 @@ def test_rows(monkeypatch):
     assert row["peak_mb"] == by["student-tiny", "returned", "bfloat16", 2]["peak_mb"]
     assert 0 < by["teacher-cached", "fastgen", "float32", 1]["gmac"] < base["gmac"]
     for row in rows:
-        assert row["ms"] > 0 and 0 < row["floor_pct"] < 1000 and row["machine"]
+        assert row["ms"] > 0 and row["floor_pct"] > 0 and row["machine"]
 
 
 def test_baseline_that_does_not_fit(monkeypatch):
     """It is the one of the largest batch that does; and what does not fit has no row."""
     monkeypatch.setattr(bench, "cases", without_compile)
-    monkeypatch.setattr(bench, "peak_bytes", lambda call, device: (call(), 100)[1])
-    monkeypatch.setattr(bench, "_free_bytes", lambda device: 300)
-    rows = bench.run("shapenetcars128", (1, 2, 4), ("teacher",), rounds=3)
+    real, state = bench.on_plain_operations, {}
+    monkeypatch.setattr(
+        bench, "on_plain_operations", lambda plain: (state.update(plain=plain), real(plain))[1]
+    )
+    monkeypatch.setattr(bench, "peak_bytes", lambda call, device: (call(), 100 if state["plain"] else 10)[1])
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 300)
+    *_, rows = bench.run("shapenetcars128", (1, 2, 4), ("teacher",), rounds=3)
     by = {(row["route"], row["dtype"], row["batch"]): row for row in rows}
     assert ("plain", "float32", 4) not in by and ("warm", "float32", 4) not in by
     row, base = by["fastgen", "float32", 4], by["plain", "float32", 2]
@@ -93,17 +95,30 @@ def test_wrong_is_not_timed(monkeypatch):
         return (lambda: made() + 1) if case.route == "fastgen" else made
 
     monkeypatch.setattr(bench.Generators, "call", wrong)
-    with pytest.raises(ArithmeticError, match="route='fastgen'.*not timed"):
-        bench.run("shapenetcars128", only=("teacher",), rounds=3)
+    done = bench.run("shapenetcars128", only=("teacher",), rounds=3)
+    assert {row["route"] for row in next(done)} == {"plain", "returned"}
+    with pytest.raises(FloatingPointError, match="route='fastgen'.*not timed"):
+        next(done)
 
 
-def test_plain_is_plain():
-    """Counts of the plain route see all products; a cached teacher makes no planes."""
+def test_plain_is_plain(small_config):
+    """Counts of the plain route see the decoder's products; a cached teacher makes no planes."""
     generators = bench.Generators("shapenetcars128", CPU, 1)
-    assert generators.gmac("teacher") > generators.gmac("teacher-cached") > 0
+    gmac = {name: generators.exact(name)[1] for name in ("teacher", "teacher-cached")}
+    samples = 12 * small_config["neural_rendering_resolution"] ** 2
+    hidden, features = small_config["decoder_hidden"], small_config["plane_channels"]
+    assert gmac["teacher"] > gmac["teacher-cached"] > samples * hidden * (features + 33) / 1e9
     with bench.on_plain_operations():
         assert not bench.SynthesisBlock.channels_last
     assert bench.SynthesisBlock.channels_last
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    *_, rows = bench.run("shapenetcars128", (1, 2), rounds=3, device=torch.device("cuda"))
+    done = {(row["route"], row["dtype"]) for row in rows}
+    assert {("graph", "bfloat16"), ("plain", bench.MIXED), ("compile", bench.MIXED)} <= done
+    assert all(row["speedup_vs_plain"] and row["speedup_vs_compile"] for row in rows)
 
 
 def test_command(tmp_path, monkeypatch, capsys):
@@ -139,54 +154,3 @@ def test_command(tmp_path, monkeypatch, capsys):
         except SystemExit as end:
             code = end.code
         assert code == 2 and message in capsys.readouterr().err
-
-
-@pytest.fixture
-def images():
-    folder = Path(__file__).parents[2] / "benchmarks"
-    spec = importlib.util.spec_from_file_location("images", folder / "images.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_report(images, tmp_path, monkeypatch):
-    def row(case, route, dtype, ms, preset="ffhq512"):
-        numbers = {"batch": 1, "ms": ms, "images_per_s": 1000 / ms, "peak_mb": None, "gmac": 2.0}
-        ratios = {"floor_pct": 50.0, "speedup_vs_plain": 100 / ms, "speedup_vs_warm": 50 / ms}
-        return {"preset": preset, "case": case, "route": route, "dtype": dtype} | numbers | ratios | {
-            "speedup_vs_compile": None if preset == "toy" else 40 / ms, "machine": "a machine, 2 cores"
-        }  # fmt: skip
-
-    rows = [row("teacher", "plain", "float32", 100.0), row("teacher", "fastgen", "bfloat16", 10.0)]
-    rows += [
-        row("student-compact", "fastgen", "bfloat16", 2.0),
-        row("teacher", "plain", "float32", 9.0, "toy"),
-    ]
-    first, second, readme = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "README.md"
-    first.write_text(json.dumps([*rows[:2], row("student-compact", "fastgen", "bfloat16", 7.0)]))
-    second.write_text(json.dumps(rows[2:]))
-    readme.write_text(f"before\n{images.MARKS[0]}\nold\n{images.MARKS[1]}\nafter\n")
-    command = ["images.py", str(first), str(second), "--out", str(tmp_path), "--readme", str(readme)]
-    monkeypatch.setattr(sys, "argv", command)
-    images.main()
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| student, compact | 2.0 |  |  |  |  |  | 2 |  |  | 50 | 25 | 20 |" in text
-    kept = images.read(tmp_path / "images-a-machine.csv")
-    assert sorted(map(str, kept)) == sorted(map(str, rows))  # the last of a case, numbers as they were
-    assert (tmp_path / "images-a-machine.png").stat().st_size > 5000
-    assert "## toy" in (tmp_path / "images-a-machine.md").read_text()
-
-
-def test_exponent(images, monkeypatch):
-    monkeypatch.setitem(sys.modules, "images", images)
-    folder = Path(__file__).parents[2] / "benchmarks"
-    spec = importlib.util.spec_from_file_location("curves", folder / "curves.py")
-    curves = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(curves)
-    rows = [{"value": x, "ms": 3 * x**1.5} for x in (1, 2, 4, 8)]
-    assert math.isclose(curves.exponent(rows, "ms"), 1.5)
-    points = list(curves.points())
-    assert {model for model, quantity, *_ in points if quantity == "samples"} == {"teacher"}
-    assert {quantity for _, quantity, *_ in points} == set(curves.SWEEPS)

@@ -34,6 +34,9 @@ from fastgen.train.config import PRESETS, TrainConfig
         ("lambda_consistency", 0.1),
         ("precision", "float16"),
         ("orbit_every", -1),
+        ("student_scale", 1.5),
+        ("style_lr_multiplier", 0.0),
+        ("style_lr_multiplier", float("inf")),
     ],
 )
 def test_impossible_values_name_their_field(name, value):

@@ -21,6 +21,7 @@ from torch import nn
 
 import fastgen
 from fastgen.camera import mirror
+from fastgen.models.student import Student
 from fastgen.train import loop
 from fastgen.train.config import TrainConfig
 from fastgen.train.data import TargetStream
@@ -376,6 +377,21 @@ def test_variants_of_the_student_train_and_load(teacher, config, changed):
         assert same == ("style_share" in changed)
     if config.pose_input == "rays":
         assert all(weight.abs().sum() > 0 for weight in student.ray_maps.parameters())
+
+
+def test_sizes(teacher, config, tmp_path):
+    """A super-resolution that starts as the teacher's learns at its own rate, another at the renderer's."""
+    rates = {}
+    for size in ("full", "tiny"):
+        changes = {"student": size, "student_scale": 1 / 32, "style_lr_multiplier": 0.5, "stage2_steps": 0}
+        changes |= {"lr_superresolution": 0.0, "stage1_steps": 2, "out": str(tmp_path / size)}
+        student = distil(dataclasses.replace(config, **changes), teacher, progress=False).student
+        assert student.config["channel_max"] == {"full": 16, "tiny": 4}[size]
+        assert student.config["style_lr_multiplier"] == 0.5
+        begun = teacher if size == "full" else Student.from_teacher(teacher, size, scale=1 / 32)
+        weights = [x.superresolution.block1.torgb.bias for x in (student, begun)]
+        rates[size] = (weights[0] - weights[1]).abs().max().item()
+    assert rates["full"] == 0 < rates["tiny"]
 
 
 def test_discriminator_starts_from_the_checkpoint(original, config):
