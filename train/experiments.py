@@ -373,8 +373,7 @@ with one seed and {IMAGES} held-out images: what another seed changes is [below]
 the perceptual distance (random VGG16 features) are to the teacher's image of the same latent and pose;
 sharpness is the mean gradient relative to the teacher's; reprojection consistency, identity and pose error
 are explained in [distillation](distillation.md). The rows are [experiments.csv](experiments.csv); what each
-run changes is in [train/experiments.py](../train/experiments.py). Training times are of one thread, beside other
-work on the machine's other core."""
+run changes is in [train/experiments.py](../train/experiments.py)."""
 
 
 def _section(name: str, experiment: Experiment, rows: Rows) -> str:
