@@ -21,7 +21,7 @@ F4 = ops.setup_filter([1, 3, 3, 1])
 
 @dataclass(frozen=True)
 class Case:
-    """run(x, b, f, w, s): an image x [1, channels, size, size], and what else it needs."""
+    """run(x, b, f, w, s): images x [batch, channels, size, size], and what else they need."""
 
     name: str
     channels: int
@@ -30,6 +30,7 @@ class Case:
     flop: float  # for each element of the result
     outputs: int = 0  # of the 3x3 weight; 0: none
     f: torch.Tensor = F4
+    batch: int = 1
 
 
 def low_pass(taps: int) -> torch.Tensor:
@@ -65,12 +66,6 @@ def to_rgb(x, b, f, w, s):
     return ops.modulated_conv2d(x, w[:3, :, :1, :1], s, demodulate=False, bias=b[:3], clamp=256)
 
 
-def of_four(x, b, f, w, s):
-    """Samples of their own styles."""
-    x = x.expand(4, -1, -1, -1)
-    return ops.modulated_conv2d(x, w, s * torch.arange(1, 5, device=s.device)[:, None], padding=1)
-
-
 def sampled(x, b, f, w, s):
     """A grid that turns the image by a sixth of a circle."""
     turn = torch.tensor([[[0.5, -0.8660254, 0.0], [0.8660254, 0.5, 0.0]]], dtype=x.dtype, device=x.device)
@@ -94,7 +89,7 @@ CASES = [
     Case("filtered_lrelu", 64, 128, filtered_lrelu, 164, f=low_pass(12)),
     Case("modulated_conv2d_up2", 256, 256, modulated(2), 2 * 256 * 9 / 4, 128),
     Case("modulated_conv2d", 128, 512, modulated(1), 2 * 128 * 9, 128),
-    Case("modulated_conv2d_batch_4", 128, 128, of_four, 2 * 128 * 9, 128),
+    Case("modulated_conv2d_batch_4", 128, 128, modulated(1), 2 * 128 * 9, 128, batch=4),
     Case("to_rgb", 128, 512, to_rgb, 2 * 128, 128),
     Case(
         "conv2d_resample_down2",
@@ -120,8 +115,9 @@ def test_op(measure, case, dtype, layout, route):
     kind = DTYPES[dtype]
 
     def inputs(channels, outputs, size):
-        x = torch.randn(1, channels, size, size, device=DEVICE).to(kind, memory_format=LAYOUTS[layout])
-        w, s = torch.randn(max(1, outputs), channels, 3, 3), torch.randn(1, channels) + 1
+        x = torch.randn(case.batch, channels, size, size, device=DEVICE)
+        x = x.to(kind, memory_format=LAYOUTS[layout])
+        w, s = torch.randn(max(1, outputs), channels, 3, 3), torch.randn(case.batch, channels) + 1
         return x, *(t.to(DEVICE, kind) for t in (torch.randn(outputs or channels), case.f, w, s))
 
     run = on_route(route, case.run)
@@ -156,8 +152,11 @@ def test_gradient(measure, name, route):
 
     def inputs(size, dtype=torch.float32):
         torch.manual_seed(0)
-        x = torch.randn(1, case.channels, size, size)
-        w, s = torch.randn(max(1, case.outputs), case.channels, 3, 3), torch.randn(1, case.channels) + 1
+        x = torch.randn(case.batch, case.channels, size, size)
+        w, s = (
+            torch.randn(max(1, case.outputs), case.channels, 3, 3),
+            torch.randn(case.batch, case.channels) + 1,
+        )
         return [t.to(DEVICE, dtype) for t in (x, torch.randn(case.outputs or case.channels), case.f, w, s)]
 
     def gradients(route, x, b, f, w, s):
