@@ -73,7 +73,7 @@ COLUMNS = {
 REFERENCE = ("reprojection_psnr_teacher_db", "identity_teacher", "pose_degrees_teacher")
 IMAGES, CONTROLS = 128, 64
 SEEDS = (3, 5, 8, 13, 21, 34, 55, 89)
-# Differences that a run with another seed may have, by eye.
+# Differences that mean nothing; `page` takes what other seeds changed, where these have run.
 MARGINS = {
     "psnr_db": 0.1,
     "perceptual": 0.002,
@@ -160,13 +160,15 @@ def _within(rows: Rows) -> str:
     return "; ".join(said) + "."
 
 
+def _margins(rows: Rows) -> dict[str, float]:
+    """What another seed changes: the largest less the smallest."""
+    values = {key: [row[key] for row in rows.values()] for key in MARGINS}
+    return {key: max(found) - min(found) for key, found in values.items()}
+
+
 def _spread(rows: Rows) -> str:
-    """What another seed changes, beside the margins that findings allow for."""
-    said = []
-    for key, margin in MARGINS.items():
-        values = [row[key] for row in rows.values()]
-        said.append(f"{COLUMNS[key][0]} {max(values) - min(values):.3g} (margin {margin:g})")
-    return "Largest less smallest: " + ", ".join(said) + "."
+    said = [f"{COLUMNS[key][0]} {margin:.3g}" for key, margin in _margins(rows).items()]
+    return f"Largest less smallest: {', '.join(said)}. Smaller differences do not count as such on this page."
 
 
 @dataclass(frozen=True)
@@ -343,19 +345,29 @@ def _controls(teacher: nn.Module) -> dict[str, float]:
     return {name: psnr(x, image).mean().item() for name, x in changed.items()}
 
 
+def _rows(name: str, out: Path) -> Rows | None:
+    """What the runs of an experiment have; None where one is not there."""
+    runs = EXPERIMENTS[name].runs if name in EXPERIMENTS else {}
+    files = {label: out / _key(changes) / "row.json" for label, changes in runs.items()}
+    if not files or not all(file.exists() for file in files.values()):
+        return None
+    return {label: json.loads(file.read_text()) for label, file in files.items()}
+
+
 def page(out: Path, docs: Path) -> None:
     """Write docs/experiments.md, docs/experiments.csv and docs/experiments/*.png of the runs in `out`."""
     docs.mkdir(parents=True, exist_ok=True)
     text, lines = [HEAD], []
+    if seeds := _rows("seeds", out):
+        MARGINS.update(_margins(seeds))
     for name, experiment in EXPERIMENTS.items():
-        found = {label: out / _key(changes) for label, changes in experiment.runs.items()}
-        if not all((folder / "row.json").exists() for folder in found.values()):
+        rows = _rows(name, out)
+        if rows is None:
             text.append(
                 f"## {experiment.title}\n\nNot run yet: `python -m fastgen.train.experiments {name}`."
             )
             continue
-        rows = {label: json.loads((folder / "row.json").read_text()) for label, folder in found.items()}
-        _picture(docs / "experiments" / f"{name}.png", experiment, found, out)
+        _picture(docs / "experiments" / f"{name}.png", experiment, out)
         lines += [{"experiment": name, "run": label} | row for label, row in rows.items()]
         text.append(_section(name, experiment, rows))
     with open(docs / "experiments.csv", "w", newline="") as file:
@@ -399,7 +411,7 @@ def _section(name: str, experiment: Experiment, rows: Rows) -> str:
 
 
 @torch.inference_mode()
-def _picture(path: Path, experiment: Experiment, found: dict[str, Path], out: Path) -> None:
+def _picture(path: Path, experiment: Experiment, out: Path) -> None:
     """The teacher's images above those of each run, at the same latents and poses."""
     teacher = _teacher(next(iter(experiment.runs.values())).get("teacher", "toy"), out)
     c, degrees = pictures.sweep(teacher.camera, len(SEEDS))
@@ -407,7 +419,10 @@ def _picture(path: Path, experiment: Experiment, found: dict[str, Path], out: Pa
         pictures.latents(SEEDS, teacher.z_dim), teacher.camera.front().expand(len(SEEDS), -1)
     )
     models = {"teacher": teacher}
-    models |= {label: fastgen.load_student(folder / "student.safetensors") for label, folder in found.items()}
+    models |= {
+        label: fastgen.load_student(out / _key(changes) / "student.safetensors")
+        for label, changes in experiment.runs.items()
+    }
     rows = [model.synthesis(ws, c)["image"] for model in models.values()]
     captions = [[f"seed {seed}, {angle}" for seed, angle in zip(SEEDS, degrees, strict=True)]]
     pictures.save_png(path, pictures.sheet(rows, list(models), captions, experiment.title))

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 
 import pytest
 
@@ -45,6 +46,7 @@ def test_findings():
 
 def test_page(tmp_path, monkeypatch):
     """Two runs of two experiments, one of them the same in both, of a few steps."""
+    monkeypatch.setattr(experiments, "MARGINS", dict(experiments.MARGINS))
     tiny = {"growth": (), "stage1_steps": 1, "stage2_steps": 0, "replay": 0, "replay_reuse": 1.0}
     monkeypatch.setattr(experiments, "BASE", dataclasses.replace(experiments.BASE, **tiny))
     monkeypatch.setattr(experiments, "IMAGES", 8)
@@ -78,6 +80,18 @@ def test_page(tmp_path, monkeypatch):
         ("two", "half"),
     ]
     assert rows[0]["psnr_db"] == rows[1]["psnr_db"] != rows[2]["psnr_db"]
+
+
+def test_margins_are_what_seeds_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "MARGINS", dict(experiments.MARGINS))
+    monkeypatch.setattr(experiments, "_picture", lambda *args: None)
+    for label, changes in experiments.EXPERIMENTS["seeds"].runs.items():
+        folder = tmp_path / experiments._key(changes)
+        folder.mkdir()
+        (folder / "row.json").write_text(json.dumps(row(psnr_db=20 + 0.25 * int(label[-1]), sharpness=0.5)))
+    experiments.page(tmp_path, tmp_path / "docs")
+    assert experiments.MARGINS["psnr_db"] == 0.5 and experiments.MARGINS["sharpness"] == 0
+    assert "Largest less smallest: PSNR, dB 0.5, " in (tmp_path / "docs" / "experiments.md").read_text()
 
 
 def test_names(capsys):
