@@ -182,7 +182,8 @@ def _gain(rows: Rows) -> str:
         means = [format(sum(values) / len(values), COLUMNS[key][1]) for values in seeds]
         # The same targets and batches for each seed.
         up = sum(after > before for before, after in zip(*seeds, strict=True))
-        said.append(f"{COLUMNS[key][0]}: {means[1]} with rays, {means[0]} without, higher in {up} of three seeds")
+        name = COLUMNS[key][0]
+        said.append(f"{name}: {means[1]} with rays, {means[0]} without, higher in {up} of three seeds")
     others = {label: row for label, row in rows.items() if "seed" not in label}
     said += [_compared(key, others) for key in ("psnr_db", "reprojection_psnr_student_db")]
     return "; ".join(said) + "."
