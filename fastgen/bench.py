@@ -351,7 +351,7 @@ def require_right(case: Case, image: Tensor, exact: Tensor):
     """FloatingPointError unless an image is that of plain operations in float32, within its dtype."""
     error = ((image.double() - exact).square().mean().sqrt() / exact.double().std()).item()
     # On a GPU PyTorch's own float32 convolutions round to TF32.
-    allowed = 2e-2 if case.dtype != "float32" else 5e-3 if image.is_cuda else 1e-3
+    allowed = 3e-2 if case.dtype != "float32" else 5e-3 if image.is_cuda else 1e-3
     if not error < allowed:
         raise FloatingPointError(f"{case}: wrong by {error:.3g} of the images' deviation, not timed")
 
