@@ -17,8 +17,9 @@ from PIL import Image
 import fastgen
 from fastgen import __main__ as cli
 from fastgen import _backends, checkpoint, pictures
-from fastgen.__main__ import main, parse_seeds
+from fastgen.__main__ import main
 from fastgen.camera import CameraDistribution, angles
+from fastgen.commands import parse_seeds
 from fastgen.train import demo, toy
 from fastgen.train.config import PRESETS
 from fastgen.train.data import generator_for
