@@ -71,7 +71,7 @@ test-wheel:
 test-matrix:
 	$(MAKE) test-wheel TESTED="tests/ops tests/models tests/compat tests/test_export.py -k 'not reference'"
 
-# Every op, a training step and whole images beside their baselines, and how costs grow: 15 minutes on two cores.
+# Every op, a training step and whole images beside their baselines, and how costs grow.
 bench: $(STAMP)
 	mkdir -p "$(OUT)"
 	for memory in kept returned; do \
