@@ -12,8 +12,8 @@ graph        the same in a CUDA graph
 onnxruntime  a student as `fastgen export` writes it
 
 Weights are random, but for the toy's teacher: speed does not depend on them. A result that is wrong is not
-timed. On a CPU all that returns memory is measured first, then what keeps it, then what is compiled; within
-each, rounds go through all cases in turn, and medians of them count.
+timed. On a CPU all that returns memory is measured first, then what keeps it; within each, rounds go through
+all cases in turn, and medians of them count. ALONE comes last, one by one.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ MIXED = "mixed"
 PLAIN = ("plain", "warm", "compile")
 # Before keep_memory(), on a CPU; the others come after it.
 RETURNED = ("plain", "returned")
-# What is measured alone, for it holds memory of its own.
-ALONE = ("compile", "graph")
+# What is measured alone: it holds memory of its own, or threads that go on spinning between calls and take the
+# cores from all others.
+ALONE = ("onnxruntime", "compile", "graph")
 STUDENTS = tuple(f"student-{size}" for size in SIZES if size != "toy")
 # Those that run on all routes; of the others fastgen's is enough.
 COMPARED = ("teacher", "student-full", "student-compact")
