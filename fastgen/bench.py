@@ -46,8 +46,8 @@ MIXED = "mixed"
 PLAIN = ("plain", "warm", "compile")
 # Before keep_memory(), on a CPU; the others come after it.
 RETURNED = ("plain", "returned")
-# What is measured alone: it holds memory of its own, or threads that go on spinning between calls and take the
-# cores from all others.
+# What is measured alone: it holds memory of its own, or threads that go on spinning between calls and take
+# the cores from all others.
 ALONE = ("onnxruntime", "compile", "graph")
 STUDENTS = tuple(f"student-{size}" for size in SIZES if size != "toy")
 # Those that run on all routes; of the others fastgen's is enough.
