@@ -11,9 +11,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
+import multiprocessing
+import os
 import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -37,27 +42,42 @@ IMAGES, CONTROLS = 128, 64
 SEEDS = (3, 5, 8, 13, 21, 34, 55, 89)
 
 
-def run(name: str, out: Path) -> None:
-    """Train and measure what is missing of an experiment's runs."""
-    for label, changes in EXPERIMENTS[name].runs.items():
-        folder = out / _key(changes)
-        if (folder / "row.json").exists():
-            continue
-        config = dataclasses.replace(BASE, **changes | {"out": str(folder)})
-        teacher = _teacher(config.teacher, out)
-        print(f"{name}: {label}, {config.steps} steps", flush=True)
-        (folder / "resume.pt").unlink(missing_ok=True)
-        start = time.monotonic()
-        done = distil(config, teacher, progress=False)
-        if done.interrupted:
-            raise KeyboardInterrupt
-        student = done.student
-        row = {"train_s": time.monotonic() - start, "steps": config.steps}
-        perceptual = Perceptual("random-vgg")
-        networks = {"perceptual": perceptual, "identity": Pooled(perceptual), "pose": pose.load()}
-        row |= evaluate(student, teacher, teacher.camera, IMAGES, **networks) | _controls(teacher)
-        row |= {"machine": info.summary()}
-        (folder / "row.json").write_text(json.dumps(row, indent=2) + "\n")
+def run(names: Iterable[str], out: Path, workers: int = 1) -> None:
+    """Train and measure what is missing of the runs of experiments, `workers` at a time."""
+    runs = {_key(changes): changes for name in names for changes in EXPERIMENTS[name].runs.values()}
+    missing = [changes for key, changes in runs.items() if not (out / key / "row.json").exists()]
+    one = functools.partial(_run, out=out)
+    if workers == 1:
+        for changes in missing:
+            one(changes)
+        return
+    # So small a network gains little from a second thread.
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
+    ) as pool:
+        list(pool.map(one, missing))
+
+
+def _run(changes: dict, out: Path) -> None:
+    """Train and measure one run."""
+    fastgen.keep_memory()
+    folder = out / _key(changes)
+    config = dataclasses.replace(BASE, **changes | {"out": str(folder)})
+    teacher = _teacher(config.teacher, out)
+    print(f"{folder.name}: {config.steps} steps of {changes}", flush=True)
+    (folder / "resume.pt").unlink(missing_ok=True)
+    start = time.monotonic()
+    done = distil(config, teacher, progress=False)
+    if done.interrupted:
+        raise KeyboardInterrupt
+    student = done.student
+    row = {"train_s": time.monotonic() - start, "steps": config.steps}
+    perceptual = Perceptual("random-vgg")
+    networks = {"perceptual": perceptual, "identity": Pooled(perceptual), "pose": pose.load()}
+    row |= evaluate(student, teacher, teacher.camera, IMAGES, **networks) | _controls(teacher)
+    row |= {"machine": info.summary()}
+    (folder / "row.json").write_text(json.dumps(row, indent=2) + "\n")
 
 
 def _key(changes: dict) -> str:
@@ -179,22 +199,26 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     import tyro
 
-    def command(names: tuple[str, ...], out: Path = Path("out/experiments"), docs: Path = DOCS) -> None:
+    def command(
+        names: tuple[str, ...],
+        out: Path = Path("out/experiments"),
+        docs: Path = DOCS,
+        workers: int = os.cpu_count() or 1,
+    ) -> None:
         """Rerun the paper's experiments on the toy teacher.
 
         Args:
             names: of experiments; 'all'; 'page' writes the page of what is there, as 'all' does at last.
             out: folder of the runs.
             docs: folder of the page.
+            workers: how many are trained at a time, each with its share of the cores.
         """
         unknown = set(names) - {"all", "page", *EXPERIMENTS}
         if unknown or not names:
             raise SystemExit(
                 f"names must be among all, page, {', '.join(EXPERIMENTS)}, got {' '.join(names)}"
             )
-        for name in EXPERIMENTS if "all" in names else names:
-            if name != "page":
-                run(name, out)
+        run(EXPERIMENTS if "all" in names else [name for name in names if name != "page"], out, workers)
         if {"all", "page"} & set(names):
             page(out, docs)
 

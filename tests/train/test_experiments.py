@@ -57,11 +57,10 @@ def test_page(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(experiments, "EXPERIMENTS", known | {"three": experiments.EXPERIMENTS["style"]})
     out, docs = tmp_path / "out", tmp_path / "docs"
-    experiments.run("two", out)
+    experiments.run(["two"], out)
     done = {path: path.stat().st_mtime_ns for path in out.glob("*/row.json")}
     assert len(done) == 2
-    experiments.run("one", out)
-    experiments.run("two", out)
+    experiments.run(["one", "two"], out)
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/row.json")} == done
 
     experiments.page(out, docs)
