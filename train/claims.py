@@ -125,13 +125,13 @@ def _best(key: str, sign: int, rows: Rows) -> str:
 
 
 def _within(rows: Rows) -> str:
-    """What each smaller student loses."""
+    """What each smaller student has more or less than the full one."""
     full, said = rows["full"], []
     for name, row in rows.items():
         if name != "full":
-            lost = [full[key] - row[key] for key in ("psnr_db", "reprojection_psnr_student_db")]
-            said.append(f"{name} loses {lost[0]:.2f} dB of PSNR and {lost[1]:.2f} dB of reprojection")
-    return "; ".join(said) + "."
+            more = [row[key] - full[key] for key in ("psnr_db", "reprojection_psnr_student_db")]
+            said.append(f"{name} {more[0]:+.2f} dB of PSNR and {more[1]:+.2f} dB of reprojection")
+    return f"Against full: {'; '.join(said)}."
 
 
 def margins_of(rows: Rows) -> dict[str, float]:
@@ -203,7 +203,8 @@ EXPERIMENTS = {
     "ablation": Experiment(
         "Each term left out",
         "The paper: every term of the loss helps. The perceptual distance is of random VGG16 features here, "
-        "which the column of that name is, too.",
+        "which the column of that name is, too. Only the last 60 steps see whole images, which is all that "
+        "the final image's terms and the adversarial one have; see [their weights](#weights-of-the-terms).",
         _each_helps,
         {"all terms": PERCEPTUAL}
         | {
@@ -261,7 +262,9 @@ EXPERIMENTS = {
     ),
     "sizes": Experiment(
         "Smaller students",
-        "How small may a student be? Equal steps, reconstruction only. What an image of each costs: "
+        "How small may a student be? Equal steps, reconstruction only, a quarter as wide as for EG3D. A full "
+        "student's super-resolution is the teacher's and learns slowly; the others' begins as plain "
+        "enlargement and learns as the renderer does. What an image of each costs: "
         "[images](../benchmarks/results/images-intel-r-xeon-r-processor.md).",
         _within,
         {size: SIZED | {"student": size} for size in ("full", "medium", "compact", "tiny")},
