@@ -23,7 +23,7 @@ define checked
 endef
 SANITIZERS := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=ignore_noninstrumented_modules=1
 
-.PHONY: demo test test-triton test-cuda-host test-cuda-races wheel test-wheel test-matrix bench gpu fuzz sanitize lint format clean install
+.PHONY: demo test test-triton test-cuda-host test-cuda-races wheel test-wheel test-matrix bench bench-full gpu fuzz sanitize lint format clean install
 
 demo: $(STAMP)
 	$(BIN)/fastgen demo --out "$(OUT)/demo"
@@ -71,14 +71,21 @@ test-wheel:
 test-matrix:
 	$(MAKE) test-wheel TESTED="tests/ops tests/models tests/compat tests/test_export.py -k 'not reference'"
 
-# Every op, a training step and whole images beside their baselines, and how costs grow.
-bench: $(STAMP)
+# What `fastgen bench` and benchmarks/curves.py say of images, and every op beside plain PyTorch, in 15 minutes;
+# bench-full, in an hour, has all routes, batches, sizes and training steps: what benchmarks/results is made of.
+bench: KINDS := kept
+bench: CASES := not image and not compile and not training
+bench: ONLY := --rounds 3 --only teacher student-full student-compact
+bench-full: KINDS := kept returned
+bench-full: CASES := not image
+bench-full: BATCHES := --batch 1 8 $(addprefix --student ,$(wildcard $(OUT)/demo/student.safetensors))
+bench bench-full: $(STAMP)
 	mkdir -p "$(OUT)"
-	for memory in kept returned; do \
-	  $(BIN)/python -m pytest benchmarks -k "not image" --memory=$$memory --benchmark-json="$(OUT)/$$memory.json"; done
-	$(BIN)/python benchmarks/report.py "$(OUT)/kept.json" "$(OUT)/returned.json" --out "$(OUT)/bench"
-	$(BIN)/fastgen bench --preset ffhq512 --json "$(OUT)/ffhq512.json"
-	$(BIN)/fastgen bench --preset toy --batch 1 8 $(addprefix --student ,$(wildcard $(OUT)/demo/student.safetensors)) --json "$(OUT)/toy.json"
+	for memory in $(KINDS); do \
+	  $(BIN)/python -m pytest benchmarks -k "$(CASES)" --memory=$$memory --benchmark-json="$(OUT)/$$memory.json"; done
+	$(BIN)/python benchmarks/report.py $(KINDS:%="$(OUT)/%.json") --out "$(OUT)/bench"
+	$(BIN)/fastgen bench --preset ffhq512 $(ONLY) --json "$(OUT)/ffhq512.json"
+	$(BIN)/fastgen bench --preset toy $(ONLY) $(BATCHES) --json "$(OUT)/toy.json"
 	$(BIN)/python benchmarks/images.py "$(OUT)/ffhq512.json" "$(OUT)/toy.json" --out "$(OUT)/bench"
 	$(BIN)/python benchmarks/curves.py --out "$(OUT)/bench"
 

@@ -123,7 +123,7 @@ def quality(found: list[dict], experiments: Path, path: Path):
     figure, axes = figure_of(len(costs), len(goods), (4, 3.2))
     for ax, (cost, good) in zip(axes, [(c, g) for c in costs for g in goods], strict=True):
         points = sorted((row[cost], float(trained[row["case"]][good]), row["case"]) for row in rows)
-        ax.plot(*zip(*[point[:2] for point in points], strict=True), "o-", markersize=4)
+        ax.plot(*zip(*[point[:2] for point in points], strict=True), "o", markersize=4)
         for x, y, name in points:
             label = name.removeprefix("student-")
             ax.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize=8)
