@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +28,7 @@ from fastgen import info, pictures
 
 from . import pose, siren
 from .claims import BASE, COLUMNS, EXPERIMENTS, MARGINS, Experiment, Rows, margins_of, value_of
+from .config import TrainConfig
 from .data import generator_for
 from .features import Pooled
 from .loop import distil
@@ -44,28 +44,31 @@ SEEDS = (3, 5, 8, 13, 21, 34, 55, 89)
 
 def run(names: Iterable[str], out: Path, workers: int = 1) -> None:
     """Train and measure what is missing of the runs of experiments, `workers` at a time."""
-    runs = {_key(changes): changes for name in names for changes in EXPERIMENTS[name].runs.values()}
-    missing = [changes for key, changes in runs.items() if not (out / key / "row.json").exists()]
-    one = functools.partial(_run, out=out)
+    runs = {out / _key(changes): changes for name in names for changes in EXPERIMENTS[name].runs.values()}
+    missing = [
+        dataclasses.replace(BASE, **changes | {"out": str(folder)})
+        for folder, changes in runs.items()
+        if not (folder / "row.json").exists()
+    ]
+    one = functools.partial(_run, images=IMAGES, controls=CONTROLS)
     if workers == 1:
-        for changes in missing:
-            one(changes)
+        for config in missing:
+            one(config)
         return
     # So small a network gains little from a second thread.
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
     ) as pool:
         list(pool.map(one, missing))
 
 
-def _run(changes: dict, out: Path) -> None:
+def _run(config: TrainConfig, images: int, controls: int) -> None:
     """Train and measure one run."""
     fastgen.keep_memory()
-    folder = out / _key(changes)
-    config = dataclasses.replace(BASE, **changes | {"out": str(folder)})
-    teacher = _teacher(config.teacher, out)
-    print(f"{folder.name}: {config.steps} steps of {changes}", flush=True)
+    folder = Path(config.out)
+    teacher = _teacher(config.teacher, folder.parent)
+    print(f"{folder}: {config.steps} steps", flush=True)
     (folder / "resume.pt").unlink(missing_ok=True)
     start = time.monotonic()
     done = distil(config, teacher, progress=False)
@@ -75,7 +78,7 @@ def _run(changes: dict, out: Path) -> None:
     row = {"train_s": time.monotonic() - start, "steps": config.steps}
     perceptual = Perceptual("random-vgg")
     networks = {"perceptual": perceptual, "identity": Pooled(perceptual), "pose": pose.load()}
-    row |= evaluate(student, teacher, teacher.camera, IMAGES, **networks) | _controls(teacher)
+    row |= evaluate(student, teacher, teacher.camera, images, **networks) | _controls(teacher, controls)
     row |= {"machine": info.summary()}
     (folder / "row.json").write_text(json.dumps(row, indent=2) + "\n")
 
@@ -96,11 +99,11 @@ def _teacher(name: str, out: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def _controls(teacher: nn.Module) -> dict[str, float]:
+def _controls(teacher: nn.Module, count: int) -> dict[str, float]:
     """PSNR of the teacher's images to those of another latent, and to those of another pose."""
     random = generator_for(0, "experiments")
-    c = pose_pairs(teacher.camera, CONTROLS, random)
-    ws = teacher.mapping(torch.randn(CONTROLS, teacher.z_dim, generator=random), c[::2])
+    c = pose_pairs(teacher.camera, count, random)
+    ws = teacher.mapping(torch.randn(count, teacher.z_dim, generator=random), c[::2])
 
     def images(ws: Tensor, c: Tensor) -> Tensor:
         return torch.cat(
@@ -203,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         names: tuple[str, ...],
         out: Path = Path("out/experiments"),
         docs: Path = DOCS,
-        workers: int = os.cpu_count() or 1,
+        workers: int = torch.get_num_threads(),
     ) -> None:
         """Rerun the paper's experiments on the toy teacher.
 
@@ -211,8 +214,10 @@ def main(argv: list[str] | None = None) -> None:
             names: of experiments; 'all'; 'page' writes the page of what is there, as 'all' does at last.
             out: folder of the runs.
             docs: folder of the page.
-            workers: how many are trained at a time, each with its share of the cores.
+            workers: how many are trained at a time, each with its share of PyTorch's threads.
         """
+        if workers < 1:
+            raise SystemExit(f"workers must be at least 1, got {workers}")
         unknown = set(names) - {"all", "page", *EXPERIMENTS}
         if unknown or not names:
             raise SystemExit(

@@ -57,11 +57,17 @@ def test_page(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(experiments, "EXPERIMENTS", known | {"three": experiments.EXPERIMENTS["style"]})
     out, docs = tmp_path / "out", tmp_path / "docs"
-    experiments.run(["two"], out)
+    experiments.run(["two"], out, workers=2)
     done = {path: path.stat().st_mtime_ns for path in out.glob("*/row.json")}
     assert len(done) == 2
     experiments.run(["one", "two"], out)
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/row.json")} == done
+    # What goes wrong in one run is told here.
+    wrong = dataclasses.replace(known["one"], runs={"wrong": {"teacher": str(out / "none.safetensors")}})
+    monkeypatch.setitem(experiments.EXPERIMENTS, "wrong", wrong)
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        experiments.run(["wrong"], out, workers=2)
+    del experiments.EXPERIMENTS["wrong"]
 
     experiments.page(out, docs)
     text = (docs / "experiments.md").read_text()
@@ -96,3 +102,5 @@ def test_margins_are_what_seeds_change(tmp_path, monkeypatch):
 def test_names(capsys):
     with pytest.raises(SystemExit, match="names must be among all, page, reconstruction, .*, got nothing$"):
         experiments.main(["nothing"])
+    with pytest.raises(SystemExit, match="workers must be at least 1, got 0"):
+        experiments.main(["style", "--workers", "0"])
