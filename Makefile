@@ -75,7 +75,7 @@ test-matrix:
 # bench-full, in an hour, has all routes, batches, sizes and training steps: what benchmarks/results is made of.
 bench: KINDS := kept
 bench: CASES := not image and not compile and not training
-bench: ONLY := --rounds 3 --only teacher student-full student-compact
+bench: ONLY := --rounds 3 --only teacher student-compact
 bench-full: KINDS := kept returned
 bench-full: CASES := not image
 bench-full: BATCHES := --batch 1 8 $(addprefix --student ,$(wildcard $(OUT)/demo/student.safetensors))
