@@ -33,8 +33,8 @@ SINGLE = ADVERSARIAL | {"curriculum": "single-stage", "growth": (), "stage1_step
 SIZED = {"student_scale": 0.25, "style_lr_multiplier": 1.0, "hr_interval": 1, "stage1_steps": 2400}
 SIZED |= {"curriculum": "reconstruction-only", "stage2_steps": 0, "lambda_consistency": 0.1}
 # VGG16 costs more than all the rest on two cores.
-PERCEPTUAL = {"perceptual": "random-vgg", "growth": ((16, 900, 4), (32, 500, 4))}
-PERCEPTUAL |= {"stage1_steps": 1430, "stage2_steps": 30}
+PERCEPTUAL = {"perceptual": "random-vgg", "growth": ((16, 720, 4), (32, 400, 4))}
+PERCEPTUAL |= {"stage1_steps": 1150, "stage2_steps": 30}
 
 COLUMNS = {
     "psnr_db": ("PSNR, dB", ".2f"),
