@@ -2,6 +2,8 @@
 // and the styles of the next. Memory is [N, H, W, C]. An output row is made at once. The input rows under the
 // filter go into padded rows: their weighted sum into one, where the filter is separable, else each into its
 // own. Taps along x are then shifts by whole pixels, so everything is sums of rows of numbers.
+#include <limits>
+
 #include "activate.h"
 #include "fir.h"
 #include "simd.h"
@@ -116,6 +118,25 @@ FASTGEN_INLINE void write_transposed(const T* v, int64_t C, int64_t n, S* out, i
   }
 }
 
+// act(factor from scale + bias + noise) of whole vectors of channels, in registers from one memory to the
+// other: for activations of at most two lines, and noise that is the same for all channels.
+template <class From, class To, class T>
+FASTGEN_INLINE void activate_pixels(const From* from, T factor, const T* scale, const T* bias, const T* noise,
+                                    int64_t noise_step, To* to, int64_t pixels, int64_t C, const Act& act) {
+  const Vec<T> slope = Vec<T>{} + static_cast<T>(act.act == Activation::linear ? 1 : act.alpha);
+  const Vec<T> most = Vec<T>{} + (act.clamp < 0 ? std::numeric_limits<T>::infinity() : T(act.clamp));
+  const T gain = static_cast<T>(act.gain);
+  for (int64_t i = 0; i < pixels; ++i, from += C, to += C) {
+    const T z = noise ? noise[i * noise_step] : T(0);
+    for (int64_t c = 0; c < C; c += lanes<T>) {
+      Vec<T> v = widen(from + c) * factor * load(scale + c) + (load(bias + c) + z);
+      v = (v > Vec<T>{} ? v : v * slope) * gain;
+      v = v < -most ? -most : v;
+      narrow(to + c, v > most ? most : v);
+    }
+  }
+}
+
 template <class S>
 FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
   using T = accumulator_t<S>;
@@ -129,6 +150,8 @@ FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
   std::vector<T> d_scale(C), d_bias(C);
   std::vector<const T*> from;
   const auto* bias = static_cast<const T*>(job.bias);
+  const bool vectors = C % lanes<T> == 0 && !job.dy && !job.next && !job.noise_strides[1] &&
+                       (job.act.act == Activation::linear || job.act.act == Activation::lrelu);
 
   for (int64_t step = begin; step < end; ++step) {
     const int64_t n = step / steps, top = step % steps * rows_of_a_step;
@@ -141,20 +164,41 @@ FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
         const int64_t p = std::min(pixels, job.out_w - ox), size = p * C;
         const int64_t at = ((n * job.out_h + oy) * job.out_w + ox) * C;
         T *t = filtered.data(), *v = value.data();
-        if (row.whole) {
-          const S* whole = row.whole + ox * C;
-          sum_rows(&whole, row.taps.data(), 1, t, size);
-        } else {
-          from.clear();
-          for (const T* x : row.from) from.push_back(x + ox * C);
-          sum_rows(from.data(), row.taps.data(), static_cast<int64_t>(from.size()), t, size);
-        }
-
+        S* out = static_cast<S*>(job.out) + at;
+        const S* whole = row.whole ? row.whole + ox * C : nullptr;
         const T* noise = nullptr;
         if (job.noise) {
           const int64_t* s = job.noise_strides;
           noise = static_cast<const T*>(job.noise) + n * s[0] + oy * s[2] + ox * s[3];
         }
+        if (whole && !vectors) {
+          sum_rows(&whole, row.taps.data(), 1, t, size);
+        } else if (!whole) {
+          from.clear();
+          for (const T* x : row.from) from.push_back(x + ox * C);
+          sum_rows(from.data(), row.taps.data(), static_cast<int64_t>(from.size()), t, size);
+        }
+        const auto finish = [&](auto* to) __attribute__((always_inline)) {
+          const int64_t step = job.noise_strides[3];
+          if (whole)
+            activate_pixels(whole, row.taps[0], scale, bias, noise, step, to, p, C, job.act);
+          else
+            activate_pixels(t, T(1), scale, bias, noise, step, to, p, C, job.act);
+        };
+        const auto write_planes = [&]() __attribute__((always_inline)) {
+          const int64_t plane = job.out_h * job.out_w;
+          write_transposed(v, C, p, static_cast<S*>(job.out) + n * C * plane + oy * job.out_w + ox, plane);
+        };
+        if (vectors && job.contiguous) {
+          finish(v);
+          write_planes();
+          continue;
+        }
+        if (vectors) {
+          finish(out);
+          continue;
+        }
+
         for (int64_t i = 0; i < p; ++i) {
           const bool of_channels = noise && job.noise_strides[1];
           const T z = noise && !of_channels ? noise[i * job.noise_strides[3]] : T(0);
@@ -163,7 +207,6 @@ FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
             v[i * C + c] += noise[i * job.noise_strides[3] + c * job.noise_strides[1]];
         }
 
-        S* out = static_cast<S*>(job.out) + at;
         T* to = v;
         if constexpr (std::is_same_v<S, T>) to = job.contiguous ? v : out;
         if (!job.dy) {
@@ -196,9 +239,7 @@ FASTGEN_INLINE void run_steps(const Job& job, int64_t begin, int64_t end) {
           }
         }
         if (job.contiguous) {
-          const int64_t plane = job.out_h * job.out_w;
-          out = static_cast<S*>(job.out) + n * C * plane + oy * job.out_w + ox;
-          write_transposed(v, C, p, out, plane);
+          write_planes();
         } else if constexpr (!std::is_same_v<S, T>) {
           for (int64_t i = 0; i < size; ++i) out[i] = static_cast<S>(to[i]);
         }

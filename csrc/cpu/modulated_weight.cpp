@@ -21,7 +21,7 @@ struct Job {
 template <class S>
 FASTGEN_INLINE void fold_rows(const Job& job, int64_t begin, int64_t end) {
   const int64_t taps = job.inputs * job.kernel;
-  std::vector<float> scaled(taps);
+  std::vector<float> scaled(taps), line(job.inputs);
   for (int64_t o = begin; o < end; ++o) {
     const float* w = static_cast<const float*>(job.weight) + o * taps;
     const float* source = w;
@@ -55,10 +55,14 @@ FASTGEN_INLINE void fold_rows(const Job& job, int64_t begin, int64_t end) {
       }
       for (int64_t k = 0; k < n; ++k) {
         const float* from = source + of[k];
-        S* here = to + k * (job.channels_last ? job.inputs : 1);
-        const int64_t step = job.channels_last ? 1 : n;
-        for (int64_t c = 0; c < job.inputs; ++c)
-          here[c * step] = static_cast<S>(from[c * job.kernel] * factor);
+        if (job.channels_last) {
+          // Apart, since the compiler makes vectors of the second loop alone.
+          for (int64_t c = 0; c < job.inputs; ++c) line[c] = from[c * job.kernel] * factor;
+          for (int64_t c = 0; c < job.inputs; ++c) to[k * job.inputs + c] = static_cast<S>(line[c]);
+        } else {
+          for (int64_t c = 0; c < job.inputs; ++c)
+            to[c * n + k] = static_cast<S>(from[c * job.kernel] * factor);
+        }
       }
     }
   }

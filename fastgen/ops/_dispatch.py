@@ -170,6 +170,7 @@ def has_kernel(name: str, x: Tensor) -> bool:
     return x.device.type == "cpu" and _has_kernel(name, "CPU")
 
 
+@functools.cache
 def _has_kernel(name: str, key: str, space: str = "fastgen") -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{space}::{name}", key)
 
@@ -262,6 +263,7 @@ def _put_in_front(kernels: Sequence[tuple[str, str, Callable]]) -> None:
         for op, key, kernel in kernels:
             _in_front = _in_front or torch.library.Library("fastgen", "IMPL")
             _in_front.impl(op, kernel, key, allow_override=True)
+    _has_kernel.cache_clear()
 
 
 _use(_check_choice(os.environ.get("FASTGEN_BACKEND") or "auto"))

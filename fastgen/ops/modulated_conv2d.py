@@ -27,6 +27,7 @@ from ._define import (
     define,
     is_transformed,
     memory_format,
+    records,
     require,
     require_same_device,
     require_shape,
@@ -187,10 +188,6 @@ def _is_large(pixels: int, x: Tensor, weight: Tensor) -> bool:
     return taps > 1 and min(weight.shape[:2]) >= WIDE and pixels >= MANY_PIXELS[x.dtype]
 
 
-def _records(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _runs_kernels(x: Tensor) -> bool:
     return has_kernel("filtered_bias_act", x) and not is_transformed()
 
@@ -217,7 +214,7 @@ def _fused(
         )  # fmt: skip
         return y if next_styles is None else y * next_styles.to(y.dtype)[:, :, None, None]
     contiguous = memory_format(x) == torch.contiguous_format
-    records = _records(x, weight, styles)
+    recorded = records(x, weight, styles)
     flip = flip_weight == (up > 1)
     single = x.shape[0] == 1
     styled = _has_styled(x[:, 0].numel(), x, weight)
@@ -226,7 +223,7 @@ def _fused(
     phases = up > 1 and x.device.type == "cpu" and not styled
     # In float16 several samples need the range that only the other way keeps.
     short = x.dtype in (torch.float32, torch.bfloat16) or (single and x.dtype == torch.float16)
-    if short and weight.dtype != torch.float64 and not records:
+    if short and weight.dtype != torch.float64 and not recorded:
         # PyTorch's convolutions would copy it to what they want.
         *weights, d = _modulated_weight(
             weight.float(), styles, demodulate, flip, phases, up > 1 or not winograd, x.dtype
@@ -244,7 +241,7 @@ def _fused(
             x = x if s is None else x * s[:, :, None, None]
         w = w.to(x.dtype)
         w = w.flip([2, 3]) if flip and (kh > 1 or kw > 1) else w
-        weights = phases_of_weight(w) if phases and not records else [w]
+        weights = phases_of_weight(w) if phases and not recorded else [w]
     alpha, act_gain, clamp = check_act("modulated_conv2d", act, alpha, act_gain, clamp)
     if noise is not None:
         noise = noise.to(wide_dtype(x)).view((1,) * (4 - noise.ndim) + noise.shape)
@@ -254,7 +251,7 @@ def _fused(
         f, filter_padding = resample_filter, padding_after_transposed(padding, kh, kw, up)
     if styled:
         s = None if s is None else s.to(wide_dtype(x))
-        if up == 1 and next_styles is None and not _records(x, weight, styles, noise, bias):
+        if up == 1 and next_styles is None and not records(x, weight, styles, noise, bias):
             return styled_conv2d_act(x, *weights, s, d, noise, bias, padding, *tail, contiguous)
         y = [styled_conv2d(x, *weights, s, padding, up)]
     elif up == 1:
