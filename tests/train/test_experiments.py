@@ -39,9 +39,18 @@ def test_findings():
     assert mixed.startswith("In part (sharper, reprojection, identity).")
     assert compare({"single stage": better, "two stages": better}).startswith("Not shown.")
     said = experiments.EXPERIMENTS["ablation"].finding(
-        {"all terms": row(psnr_db=20.0, sharpness=0.8), "without adv": row(psnr_db=19.95, sharpness=0.7)}
+        {
+            "all terms": row(psnr_db=20.0, sharpness=0.8),
+            "without adv": row(psnr_db=19.95, sharpness=0.7),
+            "without hr pixel": row(psnr_db=19.95, sharpness=0.8, pose_degrees_student=0.5),
+        }
     )
-    assert said == "without adv: the whole is better by sharpness."
+    assert said == (
+        "without adv: the whole is better by sharpness; "
+        "without hr pixel: the whole is better by nothing, worse by pose error, degrees."
+    )
+    said = experiments.EXPERIMENTS["sizes"].finding({"full": row(), "full, one rate": row(), "tiny": row()})
+    assert said.startswith("Against full: tiny +0.00 dB of PSNR") and "Against full, one rate: tiny" in said
 
 
 def test_page(tmp_path, monkeypatch):
