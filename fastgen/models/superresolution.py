@@ -90,7 +90,10 @@ class SuperResolution(nn.Module):
         x, image = self.block0(x, image, w, noise_mode)
         if self.subpixel:
             _, four = self.block1(x, None, w, noise_mode)
-            image = ops.upsample2d(image, self.block1.resample_filter) + nn.functional.pixel_shuffle(four, 2)
+            # As pixel_shuffle(four, 2), added without being made.
+            four = four.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3)  # N C h 2 w 2
+            image = ops.upsample2d(image, self.block1.resample_filter)
+            image = (image.reshape(four.shape) + four).reshape(image.shape)
         else:
             x, image = self.block1(x, image, w, noise_mode)
         return image.contiguous()
