@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ops.checks import gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgen
 from fastgen import _backends, ops
@@ -165,3 +166,22 @@ def test_what_an_op_returns_is_its_own():
     x = torch.ones(2)
     for out in (_define._fresh(lambda x: x)(x), *_define._fresh(lambda x: [x, x + 1])(x)):
         assert out.data_ptr() != x.data_ptr()
+
+
+class _Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", []), function.name()]
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_modes_see_ops_that_nothing_records(grad):
+    """Such calls go below autograd, and past the dispatcher where they are composed."""
+    x, weight, styles = torch.randn(1, 4, 8, 8), torch.randn(4, 4, 3, 3), torch.randn(1, 4)
+    with torch.set_grad_enabled(grad), _Seen() as seen:
+        y = ops.modulated_conv2d(ops.bias_act(x, act="lrelu"), weight, styles, padding=1, act="relu")
+    assert "fastgen::bias_act" in seen.names and "aten::convolution" in seen.names
+    assert not y.requires_grad
+    weight.requires_grad_()
+    with torch.set_grad_enabled(grad):
+        assert ops.modulated_conv2d(x, weight, styles, padding=1).requires_grad == grad
