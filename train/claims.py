@@ -74,10 +74,15 @@ def _compared(key: str, rows: Rows) -> str:
 def _learnt(rows: Rows) -> str:
     row = list(rows.values())[-1]
     others = max(row["other_latent_db"], row["other_pose_db"])
+    return f"{'Shown' if row['psnr_db'] > others + 3 else 'Not shown'}: {_beside(rows)}"
+
+
+def _beside(rows: Rows) -> str:
+    """The last run's likeness to the teacher, beside that of the teacher's other images."""
+    row = list(rows.values())[-1]
     return (
-        f"{'Shown' if row['psnr_db'] > others + 3 else 'Not shown'}: {row['psnr_db']:.2f} dB to the "
-        f"teacher's image. The teacher's image of another latent from that pose has "
-        f"{row['other_latent_db']:.2f} dB, that of the latent from a pose up to 17 degrees away "
+        f"{row['psnr_db']:.2f} dB to the teacher's image. The teacher's image of another latent from that "
+        f"pose has {row['other_latent_db']:.2f} dB, that of the latent from a pose up to 17 degrees away "
         f"{row['other_pose_db']:.2f} dB."
     )
 
@@ -256,7 +261,7 @@ EXPERIMENTS = {
         "A teacher of another kind",
         "The trainer asks of a teacher only `mapping` and `synthesis`: a SIREN after pi-GAN, trained on the "
         "same heads, has no planes and no super-resolution.",
-        _learnt,
+        _beside,
         {
             "student of a SIREN": {
                 "teacher": "siren",
