@@ -5,15 +5,17 @@ pose of planes that are there already; `student-SIZE` of fastgen.models.student.
 
 plain        PyTorch operations on contiguous images: the stand-in for the original code as a user gets it
 warm         the same after fastgen.keep_memory(); a GPU's allocator keeps memory anyway
-compile      the same under torch.compile
+compile      the same under torch.compile; of a teacher planes, rendering and super-resolution apart, for as
+             one graph they are slower than not compiled
 returned     fastgen without keep_memory()
 fastgen      fastgen, as the command line and the trainer run it
 graph        the same in a CUDA graph
 onnxruntime  a student as `fastgen export` writes it
 
-Weights are random, but for the toy's teacher: speed does not depend on them. A result that is wrong is not
-timed. On a CPU all that returns memory is measured first, then what keeps it; within each, rounds go through
-all cases in turn, and medians of them count. ALONE comes last, one by one.
+Weights are random, but for the toy's teacher: speed does not depend on them. A result that is not finite, or
+is wrong in its first image or its last, is not timed. On a CPU all that returns memory is measured first,
+then what keeps it; within each, rounds go through all cases in turn, and medians of them count. ALONE comes
+last, one by one.
 """
 
 from __future__ import annotations
@@ -46,9 +48,9 @@ MIXED = "mixed"
 PLAIN = ("plain", "warm", "compile")
 # Before keep_memory(), on a CPU; the others come after it.
 RETURNED = ("plain", "returned")
-# What is measured alone: it holds memory of its own, or threads that go on spinning between calls and take
-# the cores from all others.
-ALONE = ("onnxruntime", "compile", "graph")
+# What is measured alone, in this order: it holds memory of its own, or threads that go on spinning between
+# calls and take the cores from all others. Compilation takes longest.
+ALONE = ("graph", "onnxruntime", "compile")
 STUDENTS = tuple(f"student-{size}" for size in SIZES if size != "toy")
 # Those that run on all routes; of the others fastgen's is enough.
 COMPARED = ("teacher", "student-full", "student-compact")
@@ -130,30 +132,40 @@ class Generators:
             self._made[name, dtype] = model.to(self.device).eval().requires_grad_(False)
         return self._made[name, dtype]
 
-    def call(self, case: Case) -> Callable[[], Tensor]:
-        """A function of nothing that makes the images [batch, 3, H, W] of a case."""
-        model, z, c = self.model(case.case, case.dtype), self.z[: case.batch], self.c[: case.batch]
+    def call(self, case: Case, first: int = 0) -> Callable[[], Tensor]:
+        """A function of nothing that makes the images [batch, 3, H, W] of a case, from the first one on."""
+        model, z, c = self.model(case.case, case.dtype), self.z[first:][: case.batch], self.c[: case.batch]
         if case.route == "onnxruntime":
             return _exported(model, z, c)
         if case.route == "graph":
             graph = fastgen.graphed(model, case.batch)
             return lambda: graph(z, c)["image"]
-        if case.case == "teacher-cached":
-            ws = model.mapping(z, c)
-            planes = model.backbone_planes(ws)
+
+        def made(part: Callable) -> Callable:
+            return torch.compile(part, dynamic=False) if case.route == "compile" else part
+
+        plain = functools.partial(on_plain_operations, case.route in PLAIN)
+        if case.case.startswith("teacher"):
+            mapping, planes_of = made(model.mapping), made(model.backbone_planes)
+            render, super_resolve = made(model.render), made(model.super_resolve)
+
+            def planes() -> tuple[Tensor, Tensor]:
+                ws = mapping(z, c)
+                return ws, planes_of(ws)
+
+            if case.case == "teacher-cached":
+                with plain():
+                    planes = functools.partial(tuple, planes())
 
             def image() -> Tensor:
-                return model.super_resolve(model.render(planes, c)["feature_image"], ws)
+                ws, there = planes()
+                return super_resolve(render(there, c)["feature_image"], ws)
         else:
-
-            def image() -> Tensor:
-                return model(z, c)["image"]
-
-        inner = torch.compile(image, dynamic=False) if case.route == "compile" else image
+            image = made(lambda: model(z, c)["image"])
 
         def run() -> Tensor:
-            with on_plain_operations(case.route in PLAIN):
-                return inner()
+            with plain():
+                return image()
 
         return run
 
@@ -167,11 +179,13 @@ class Generators:
         return size * numbers
 
     @torch.no_grad()
-    def exact(self, name: str) -> tuple[Tensor, float]:
-        """The first image by plain operations in float32; and its 10^9 multiply-adds, all in sight there."""
-        with FlopCounterMode(display=False) as counter, torch.backends.cudnn.flags(allow_tf32=False):
-            image = self.call(Case(name, "plain", "float32", 1))()
-        return image, counter.get_total_flops() / 2e9
+    def exact(self, name: str) -> tuple[dict[int, Tensor], float]:
+        """By plain operations in float32, by number, the first image and the last of the largest batch; and
+        an image's 10^9 multiply-adds, all in sight there."""
+        calls = {at: self.call(Case(name, "plain", "float32", 1), at) for at in {0, len(self.z) - 1}}
+        with torch.backends.cudnn.flags(allow_tf32=False), FlopCounterMode(display=False) as counter:
+            images = {at: call() for at, call in calls.items()}
+        return images, counter.get_total_flops() / 2e9 / len(images)
 
 
 @contextmanager
@@ -236,7 +250,7 @@ def run(
         torch.cuda.set_device(device)
     about = {"machine": info.summary(device)}
     generators = Generators(preset, device, max(batches), student)
-    limits, done, exact = peaks(device), _Done({}, {}), {}
+    limits, done, exact = peaks(device), _Done({}, {}, {}), {}
     own = "fastgen" if device.type == "cuda" else "returned"
 
     def first(name: str):
@@ -250,11 +264,13 @@ def run(
     first = RETURNED if device.type == "cpu" else (*RETURNED, "fastgen")
     stages = [[case for case in together if case.route in first]]
     stages += [[case for case in together if case.route not in first and case.batch == n] for n in batches]
-    stages += [[case] for case in every if case.route in ALONE]
+    stages += [[case] for route in ALONE for case in every if case.route == route]
     for number, stage in enumerate(stages):
         if number == 1:
             fastgen.keep_memory()
-        _measure(stage, generators, {name: image for name, (image, _) in exact.items()}, done, rounds, limit)
+        _measure(
+            stage, generators, {name: images for name, (images, _) in exact.items()}, done, rounds, limit
+        )
         if stage and stage[0].route == "compile":
             torch.compiler.reset()
         yield [
@@ -270,13 +286,14 @@ def run(
 @dataclass
 class _Done:
     seconds: dict[Case, float]
+    bounds: dict[Case, tuple[float, float]]
     memory: dict[Case, int | None]
 
 
 def _measure(
     stage: list[Case],
     generators: Generators,
-    exact: dict[str, Tensor],
+    exact: dict[str, dict[int, Tensor]],
     done: _Done,
     rounds: int,
     limit: float,
@@ -290,14 +307,14 @@ def _measure(
             continue
         try:
             call = generators.call(case)
-            image = call()[:1]
+            images = call()
             if device.type == "cuda" and case.route != "graph" or case.route in RETURNED:
                 done.memory[case] = peak_bytes(call, device)
         except RuntimeError as error:
             if not info.is_out_of_memory(error):
                 raise
             continue
-        require_right(case, image, exact[case.case])
+        require_right(case, images, exact[case.case])
         calls[case] = call, max(1, round(TOGETHER / seconds(call)))
         times[case] = []
     for turn in progress(range(rounds), rounds, "rounds"):
@@ -305,6 +322,7 @@ def _measure(
             if turn < LEAST or sum(times[case]) < limit:
                 times[case].append(seconds(call, repeat))
     done.seconds |= {case: statistics.median(taken) for case, taken in times.items()}
+    done.bounds |= {case: (min(taken), max(taken)) for case, taken in times.items()}
 
 
 def _fitted(case: Case, done: _Done) -> bool:
@@ -316,25 +334,31 @@ def _fitted(case: Case, done: _Done) -> bool:
 def _numbers(
     case: Case,
     done: _Done,
-    exact: tuple[Tensor, float],
+    exact: tuple[dict[int, Tensor], float],
     weights: int,
     limits: dict[str, float],
     device: torch.device,
 ) -> dict[str, float | None]:
-    taken, (image, gmac) = done.seconds[case], exact
-    products = 2e9 * gmac * case.batch / limits["bfloat16" if case.dtype == MIXED else case.dtype]
-    floor = max((weights + image.nbytes * case.batch) / limits["bytes"], products)
+    taken, (images, gmac) = done.seconds[case], exact
+    flop_per_s = limits["bfloat16" if case.dtype == MIXED else case.dtype]
+    floor = max(
+        (weights + images[0].nbytes * case.batch) / limits["bytes"], 2e9 * gmac * case.batch / flop_per_s
+    )
     twins = {"warm": "plain", "fastgen": "returned"} if device.type == "cpu" else {}
     peak = done.memory.get(replace(case, route=twins.get(case.route, case.route)))
     # A GPU's allocator keeps memory.
     bases = {route: "plain" if (route, device.type) == ("warm", "cuda") else route for route in PLAIN}
     return {
         "ms": taken * 1e3 / case.batch,
+        "ms_min": done.bounds[case][0] * 1e3 / case.batch,
+        "ms_max": done.bounds[case][1] * 1e3 / case.batch,
         "images_per_s": case.batch / taken,
         "peak_mb": None if peak is None else peak / 2**20,
         "gmac": gmac,
         "floor_pct": 100 * floor / taken,
         **{f"speedup_vs_{route}": _speedup(done, case, base, device) for route, base in bases.items()},
+        "machine_gflops": flop_per_s / 1e9,
+        "machine_gb_per_s": limits["bytes"] / 1e9,
     }
 
 
@@ -348,16 +372,22 @@ def _speedup(done: _Done, case: Case, route: str, device: torch.device) -> float
     return done.seconds[found] / found.batch / (done.seconds[case] / case.batch)
 
 
-def require_right(case: Case, image: Tensor, exact: Tensor):
-    """FloatingPointError unless an image is that of plain operations in float32, within its dtype."""
-    error = ((image.double() - exact).square().mean().sqrt() / exact.double().std()).item()
+def require_right(case: Case, images: Tensor, exact: dict[int, Tensor]):
+    """FloatingPointError unless all images are finite, and those that `exact` has by number are those of
+    plain operations in float32, within the case's dtype."""
     exactly = case.dtype == "float32"
     allowed = 1e-3 if exactly else 2e-2
-    if case.route in PLAIN and (image.is_cuda or not exactly):
+    if case.route in PLAIN and (images.is_cuda or not exactly):
         # PyTorch's own rounding: TF32 in convolutions on a GPU, and oftener than fastgen in 16 bits.
         allowed = 5e-3 if exactly else 3e-2
-    if not error < allowed:
-        raise FloatingPointError(f"{case}: wrong by {error:.3g} of the images' deviation, not timed")
+    if len(images) != case.batch or not images.isfinite().all():
+        raise FloatingPointError(f"{case}: images that are missing or not finite, not timed")
+    for at, image in exact.items():
+        if at < len(images):
+            error = ((images[at].double() - image[0]).square().mean().sqrt() / image.double().std()).item()
+            if not error < allowed:
+                text = f"{case}: image {at} wrong by {error:.3g} of the images' deviation, not timed"
+                raise FloatingPointError(text)
 
 
 SHOWN = {
@@ -379,7 +409,8 @@ MEANING = (
     "in EG3D's own mixture), at the same batch, or at the largest below it that fits into memory. Peak: "
     "beyond weights and inputs; of what keeps memory, as of what returns it. % of floor: the time of the "
     "GMAC, or of the bytes of weights and image, at this machine's measured peaks, over the time taken; "
-    "above 100 where Winograd's convolutions need fewer products."
+    "above 100 where Winograd's convolutions need fewer products, or are faster than the one that peaks are "
+    "measured by. torch.compile: of a teacher, planes, rendering and super-resolution apart."
 )
 
 

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastgen import bench, presets
 from fastgen.__main__ import main
+from fastgen._timing import peaks
 from fastgen.bench import Case
 
 CPU = torch.device("cpu")
@@ -67,7 +69,7 @@ def test_rows(monkeypatch):
     assert row["peak_mb"] == by["student-tiny", "returned", "bfloat16", 2]["peak_mb"]
     assert 0 < by["teacher-cached", "fastgen", "float32", 1]["gmac"] < base["gmac"]
     for row in rows:
-        assert row["ms"] > 0 and row["floor_pct"] > 0 and row["machine"]
+        assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"] and row["floor_pct"] > 0 and row["machine"]
 
 
 def test_baseline_that_does_not_fit(monkeypatch):
@@ -90,8 +92,8 @@ def test_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(bench, "cases", without_compile)
     call = bench.Generators.call
 
-    def wrong(self, case):
-        made = call(self, case)
+    def wrong(self, case, *at):
+        made = call(self, case, *at)
         return (lambda: made() + 1) if case.route == "fastgen" else made
 
     monkeypatch.setattr(bench.Generators, "call", wrong)
@@ -101,16 +103,37 @@ def test_wrong_is_not_timed(monkeypatch):
         next(done)
 
 
+@pytest.mark.parametrize("at, value", [(1, torch.nan), (2, 9.0)])
+def test_all_images_are_looked_at(at, value):
+    generators = bench.Generators("shapenetcars128", CPU, 3)
+    case = Case("student-tiny", "fastgen", "float32", 3)
+    images, exact = generators.call(case)().clone(), generators.exact(case.case)[0]
+    bench.require_right(case, images, exact)
+    images[at, 0] = value
+    with pytest.raises(FloatingPointError, match="not timed"):
+        bench.require_right(case, images, exact)
+
+
 def test_plain_is_plain(small_config):
     """Counts of the plain route see the decoder's products; a cached teacher makes no planes."""
-    generators = bench.Generators("shapenetcars128", CPU, 1)
+    generators = bench.Generators("shapenetcars128", CPU, 2)
     gmac = {name: generators.exact(name)[1] for name in ("teacher", "teacher-cached")}
     samples = 12 * small_config["neural_rendering_resolution"] ** 2
     hidden, features = small_config["decoder_hidden"], small_config["plane_channels"]
-    assert gmac["teacher"] > gmac["teacher-cached"] > samples * hidden * (features + 33) / 1e9
+    assert gmac["teacher-cached"] > samples * hidden * (features + 33) / 1e9
+    model, z, c = generators.model("teacher", "float32"), generators.z[:1], generators.c[:1]
+    with torch.no_grad(), bench.on_plain_operations(), FlopCounterMode(display=False) as planes:
+        model.backbone_planes(model.mapping(z, c))
+    assert gmac["teacher"] - gmac["teacher-cached"] == pytest.approx(planes.get_total_flops() / 2e9)
     with bench.on_plain_operations():
         assert not bench.SynthesisBlock.channels_last
     assert bench.SynthesisBlock.channels_last
+
+
+def test_peaks():
+    """In a process of its own, with this one's threads."""
+    found = peaks(CPU)
+    assert found.keys() == {"bytes", *bench.DTYPES} and min(found.values()) > 1e8
 
 
 @pytest.mark.gpu
