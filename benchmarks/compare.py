@@ -9,8 +9,8 @@ base and so on, so that a steady drift cancels.
 The rule: each round gives a case the ratio here / base of two medians. The mean of the logarithms has
 Student's paired t interval with Bonferroni's correction: all intervals of a table hold at once with 95 %.
 Their spread is at least what a median has by the 10th and 90th percentiles of its calls. A case is slower, or
-faster, if its whole interval lies beyond the minimum effect. "same" says that no such change was shown: where
-the interval is wide, more rounds or fewer cases may show one.
+faster, if its whole interval lies beyond the minimum effect, the "same" if it lies within; otherwise it is
+"unclear", and more rounds or fewer cases may tell.
 
 Exit status: 1 where a case is slower; 2 where one failed, or nothing could be compared; otherwise 0.
 """
@@ -130,7 +130,9 @@ def compare(base: list[dict], here: list[dict], minimum: float) -> tuple[list[di
         numbers = (*np.exp(logs.mean(2)), *intervals(logs[1] - logs[0], errors))
         for name, row in zip(names, np.transpose(numbers).tolist(), strict=True):
             low, high = row[3:]
-            verdict = "slower" if low > 1 + minimum else "faster" if high < 1 / (1 + minimum) else "same"
+            least, most = 1 / (1 + minimum), 1 + minimum
+            verdict = "slower" if low > most else "faster" if high < least else "unclear"
+            verdict = "same" if least <= low and high <= most else verdict
             rows.append(dict(zip(COLUMNS, (name, *row, verdict), strict=True)))
     return rows, others
 
@@ -176,7 +178,7 @@ def main() -> int:
     for name, where in others.items():
         print(f"Not compared ({where}): {name}")
     count = Counter(row["verdict"] for row in rows)
-    verdicts = ", ".join(f"{count[word]} {word}" for word in ("slower", "faster", "same"))
+    verdicts = ", ".join(f"{count[word]} {word}" for word in ("slower", "faster", "same", "unclear"))
     print(f"{verdicts}, {len(others)} not compared, {len(failed)} failed; base {commit[:7]}.")
     if args.csv:
         with args.csv.open("w", newline="") as file:

@@ -5,8 +5,9 @@
 One quantity at a time is changed of an EG3D generator with random weights, 64 x 64 rays of 48 + 48 samples
 and 512 x 512 pixels, and of students of it, by fastgen in float32; with the image's side, too, the side that
 EG3D's super-resolution of that name begins with. The exponent p of cost ~ quantity^p is fitted by least
-squares of logarithms. Memory is what a call needs beyond its weights, measured before freed memory is kept;
-time, the least of three calls, after.
+squares of logarithms, and R2 says how well: what does not depend on the quantity is in the cost too. Memory
+is what a call needs beyond its weights, measured before freed memory is kept; time, the least of ROUNDS
+through all points in turn, after.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from images import figure_of
+from images import figure_of, signed
 
 import fastgen
 from fastgen import info, presets
@@ -27,6 +28,7 @@ from fastgen.models.student import Student
 from fastgen.models.superresolution import SHAPES
 from fastgen.models.teacher import Teacher
 
+ROUNDS = 4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODELS = ("teacher", "student-full", "student-compact")
 NAMES = {128: "SuperresolutionHybrid2X", 256: "SuperresolutionHybrid4X", 512: "SuperresolutionHybrid8XDC"}
@@ -39,10 +41,12 @@ SWEEPS = {
 }
 
 
-def call(
-    model: str, side: int = 512, rays: int = 64**2, samples: int = 96, batch: int = 1
-) -> Callable[[], object]:
-    """A function of nothing that makes images."""
+BASE = {"side": 512, "rays": 64**2, "samples": 96, "batch": 1}
+
+
+def call(model: str, **options: int) -> Callable[[], dict]:
+    """A function of nothing that makes images; what is not among the options is BASE's."""
+    side, rays, samples, batch = (BASE | options).values()
     torch.manual_seed(0)
     name = NAMES[side]
     kwargs = presets.get("ffhq512").teacher | {
@@ -73,30 +77,41 @@ def points() -> Iterator[tuple[str, str, int, dict]]:
 
 @torch.no_grad()
 def measured() -> list[dict]:
-    rows = [
-        {"model": model, "quantity": quantity, "value": value} | {"call": (model, options)}
-        for model, quantity, value, options in points()
-    ]
-    for row in rows:
-        made = call(row["call"][0], **row["call"][1])
-        made()
-        peak = peak_bytes(made, DEVICE)
-        row["peak_mb"] = None if peak is None else peak / 2**20
+    # A point of several sweeps is measured once.
+    calls, peak, ms = {}, {}, {}
+    for model, *_, options in points():
+        key = model, *(BASE | options).values()
+        if key in calls:
+            continue
+        calls[key] = call(model, **options)
+        image = calls[key]()["image"]
+        if not image.isfinite().all():
+            raise FloatingPointError(f"{model}, {options}: not finite, not timed")
+        peak[key] = peak_bytes(calls[key], DEVICE)
     fastgen.keep_memory()
-    for row in rows:
-        model, options = row.pop("call")
-        made = call(model, **options)
-        made()
-        row["ms"] = 1e3 * min(seconds(made) for _ in range(3))
+    for turn in range(ROUNDS + 1):  # the first of them to warm up
+        for key, made in calls.items():
+            taken = seconds(made)
+            ms[key] = 1e3 * taken if turn < 2 else min(ms[key], 1e3 * taken)
+    rows = []
+    for model, quantity, value, options in points():
+        key = model, *(BASE | options).values()
+        row = {"model": model, "quantity": quantity, "value": value}
+        rows.append(row | {"peak_mb": peak[key] and peak[key] / 2**20, "ms": ms[key]})
     return rows
 
 
-def exponent(rows: list[dict], cost: str) -> float:
+def exponent(rows: list[dict], cost: str) -> tuple[float, float]:
+    """And R2 of the fit."""
     x, y = (np.log([row[key] for row in rows]) for key in ("value", cost))
-    return float(np.polyfit(x, y, 1)[0])
+    return float(np.polyfit(x, y, 1)[0]), float(np.corrcoef(x, y)[0, 1] ** 2)
 
 
-def plot(rows: list[dict], path: Path):
+def said(rows: list[dict], cost: str) -> str:
+    return "^{:.2f}, R2 {:.2f}".format(*exponent(rows, cost))
+
+
+def plot(rows: list[dict], machine: str, path: Path):
     costs = {"ms": "ms", "peak_mb": "MB beyond weights"}
     figure, axes = figure_of(len(costs), len(SWEEPS), (3.6, 3))
     for ax, (cost, quantity) in zip(axes, [(c, q) for c in costs for q in SWEEPS], strict=True):
@@ -104,13 +119,13 @@ def plot(rows: list[dict], path: Path):
             line = [row for row in rows if (row["model"], row["quantity"]) == (model, quantity) and row[cost]]
             if line:
                 x, y = ([row[key] for row in line] for key in ("value", cost))
-                ax.plot(x, y, "o-", markersize=4, label=f"{model}, ^{exponent(line, cost):.2f}")
+                ax.plot(x, y, "o-", markersize=4, label=f"{model}, {said(line, cost)}")
         ax.set(xscale="log", yscale="log", xlabel=quantity, ylabel=costs[cost])
         ax.set_xticks(SWEEPS[quantity], map(str, SWEEPS[quantity]))
         ax.set_xticks([], minor=True)
         if ax.lines:
             ax.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    signed(figure, machine).savefig(path, dpi=120)
 
 
 def main():
@@ -125,13 +140,13 @@ def main():
         writer = csv.DictWriter(file, [*rows[0], "machine"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(row | {"machine": machine} for row in rows)
-    plot(rows, args.out / f"curves-{name}.png")
+    plot(rows, machine, args.out / f"curves-{name}.png")
     for quantity in SWEEPS:
         for model in MODELS:
             line = [row for row in rows if (row["model"], row["quantity"]) == (model, quantity)]
             if line:
-                said = [f"{cost} ^{exponent(line, cost):.2f}" for cost in ("ms", "peak_mb") if line[0][cost]]
-                print(f"{model} by {quantity}: {', '.join(said)}")
+                fits = [f"{cost} {said(line, cost)}" for cost in ("ms", "peak_mb") if line[0][cost]]
+                print(f"{model} by {quantity}: {'; '.join(fits)}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 python benchmarks/images.py out/ffhq512.json out/toy.json [--out DIR] [--name MACHINE] [--readme FILE]
 
-Of a case that is in several files the last one counts; a CSV that an earlier call wrote may be among them.
+What an earlier call wrote for this machine stays, but for the cases that are in a file now, of which the last
+one counts.
 """
 
 import argparse
@@ -76,8 +77,7 @@ def summary(found: list[dict]) -> str:
             + [f"{peak:.0f}" if peak else "" for peak in (plain.get("peak_mb"), best["peak_mb"])]
             + ["" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
         )
-    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
-    return f"{markdown(lines, 1)}\n\n{machines}."
+    return f"{markdown(lines, 1)}\n\n{machines(rows)}."
 
 
 def bars(found: list[dict], path: Path):
@@ -98,7 +98,7 @@ def bars(found: list[dict], path: Path):
         ax.set_title(f"{preset}, batch {batch}", fontsize=9)
         ax.tick_params(labelsize=7)
         ax.margins(x=0.12, y=0.01)
-    figure.savefig(path, dpi=120)
+    signed(figure, machines(found)).savefig(path, dpi=120)
 
 
 def quality(found: list[dict], experiments: Path, path: Path):
@@ -110,11 +110,11 @@ def quality(found: list[dict], experiments: Path, path: Path):
         for row in found
         if (row["preset"], row["route"], row["dtype"]) == ("toy", "fastgen", "float32")
         and row["case"] in trained
-        and row["batch"] == min(r["batch"] for r in found if r["preset"] == "toy")
+        and row["batch"] == max(r["batch"] for r in found if r["preset"] == "toy")
     ]
     if not rows:
         return
-    costs = {"ms": "ms an image, float32", "gmac": "GMAC an image"}
+    costs = {"ms": f"ms an image, float32, batch {rows[0]['batch']}", "gmac": "GMAC an image"}
     goods = {
         "psnr_db": "PSNR to the teacher, dB",
         "perceptual": "perceptual distance",
@@ -129,7 +129,17 @@ def quality(found: list[dict], experiments: Path, path: Path):
             ax.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize=8)
         ax.set(xlabel=costs[cost], ylabel=goods[good], xscale="log")
         ax.margins(0.15)
-    figure.savefig(path, dpi=120)
+    signed(figure, machines(rows)).savefig(path, dpi=120)
+
+
+def machines(rows: list[dict]) -> str:
+    return "; ".join(dict.fromkeys(row["machine"] for row in rows))
+
+
+def signed(figure, text: str):
+    """The figure, with what it was measured on at its foot."""
+    figure.supxlabel(text, x=0.99, ha="right", fontsize=6, color="grey")
+    return figure
 
 
 def figure_of(height: int, width: int, size: tuple[float, float]):
@@ -156,12 +166,16 @@ def main():
     if not files:
         parser.error(f"nothing was measured: {', '.join(map(str, args.files))} are empty or not there")
     every = [row for path in files for row in read(path)]
+    name = args.name or re.sub(r"\W+", "-", every[0]["machine"].split(",")[0]).strip("-").lower()
+    earlier = args.out / f"images-{name}.csv"
+    every = (read(earlier) if earlier.exists() else []) + every
+    columns = list(dict.fromkeys(key for row in reversed(every) for key in row))
+    every = [dict.fromkeys(columns) | row for row in every]
     found = list({tuple(row[name] for name in KEY): row for row in every}.values())
     found.sort(key=lambda row: (row["preset"], row["batch"]))
-    name = args.name or re.sub(r"\W+", "-", found[0]["machine"].split(",")[0]).strip("-").lower()
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / f"images-{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+    with earlier.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
     (args.out / f"images-{name}.md").write_text(page(found))

@@ -1,6 +1,7 @@
 """The ops at the shapes of EG3D's largest layers, beside plain PyTorch and its compilation.
 
-Every case first compares its result with the reference in float64; a wrong result is not timed. A row says
+Every case first compares its result with the reference, a small one with that in float64; a wrong result is
+not timed. A row says
 how many bytes the op has to move at least (each input and output once) and how many FLOP it takes.
 """
 
@@ -129,7 +130,9 @@ def test_op(measure, case, dtype, layout, route):
     assert (run(*small).double() - exact).abs().max() <= allowed, "wrong result, not timed"
 
     full = inputs(scaled(case.channels), case.outputs, scaled(case.size))
-    result = run(*full)
+    result, plain = run(*full), on_route("pytorch", case.run)(*full)
+    error = (result.float() - plain.float()).square().mean() / plain.float().square().mean()
+    assert error.sqrt() <= (1e-5 if dtype == "float32" else 2e-2), "wrong result, not timed"
     weights = full[3].nbytes if case.outputs else 0
     measure(
         lambda: run(*full),
@@ -176,6 +179,7 @@ def test_gradient(measure, name, route):
             assert error <= 1e-4, "wrong result, not timed"
     full = inputs(scaled(case.size))
     result, timed = gradients(route, *full)
+    assert all(g.isfinite().all() for g in timed() if g is not None), "wrong result, not timed"
     measure(
         timed,
         5,

@@ -33,22 +33,26 @@ def test_equal_times_are_the_same(noise, most):
     where only 3 % count, hardly one has."""
     generator = np.random.default_rng(0)
     reports = [drawn(generator, cases=20, noise=noise, drift=0.02) for _ in range(400)]
-    false = np.mean([set(verdicts(pair, minimum=0)) != {"same"} for pair in reports])
+    false = np.mean([set(verdicts(pair, minimum=0)) != {"unclear"} for pair in reports])
     assert 0 < false < most and (noise > 0.01 or false > 0.02)
-    assert sum(set(verdicts(pair)) != {"same"} for pair in reports) <= 1
+    assert sum(bool({"slower", "faster"} & set(verdicts(pair))) for pair in reports) <= 1
 
 
-@pytest.mark.parametrize("ratio, expected", [(1.1, "slower"), (1 / 1.1, "faster"), (1.02, "same")])
-def test_changes_count_from_the_minimum_on(ratio, expected):
+@pytest.mark.parametrize(
+    "ratio, noise, expected",
+    [(1.1, 0.01, "slower"), (1 / 1.1, 0.01, "faster"), (1.01, 1e-3, "same"), (1.0, 0.1, "unclear")],
+)
+def test_changes_count_from_the_minimum_on(ratio, noise, expected):
     generator = np.random.default_rng(0)
-    found = [verdicts(drawn(generator, ratio))[0] for _ in range(100)]
-    assert found.count(expected) >= 99
-    assert verdicts(drawn(generator, ratio, noise=1e-3), minimum=0.01) != ["same"]
+    found = [verdicts(drawn(generator, ratio, noise=noise, drift=noise))[0] for _ in range(100)]
+    assert found.count(expected) >= 95
+    if expected == "same":
+        assert verdicts(drawn(generator, ratio, noise=noise, drift=noise), minimum=0.005) == ["slower"]
 
 
 def test_spread_is_at_least_that_of_the_calls():
     """Runs that agree by chance do not make calls that scatter certain."""
-    for times, expected in ((np.ones(7), "slower"), (np.linspace(0.5, 1.5, 7), "same")):
+    for times, expected in ((np.ones(7), "slower"), (np.linspace(0.5, 1.5, 7), "unclear")):
         reports = [[{"case": compare.summary(times * factor)}] * 4 for factor in (1, 1.1)]
         assert verdicts(reports) == [expected]
     draws = np.random.default_rng(0).normal(1, 0.01, (4000, 101))
@@ -137,4 +141,4 @@ def test_tiny_repository(tmp_path, monkeypatch, capsys):
     assert code == 2 and "Failed (here): b: wrong" in out and "0 slower, 0 faster, 1 same" in out
     monkeypatch.setattr(compare, "measure", lambda tree, _: ({tree.name: (1.0, 0.0)}, {}))
     code, out, error = call("HEAD")
-    assert code == 2 and "0 same, 2 not compared" in out and "round 2" not in error
+    assert code == 2 and "0 unclear, 2 not compared" in out and "round 2" not in error
