@@ -102,9 +102,11 @@ class Generators:
     student: of the toy teacher or another, a file; it is measured as `student`.
     """
 
-    def __init__(self, preset: str, device: torch.device, batch: int, student: Path | None = None):
+    def __init__(
+        self, preset: str, device: torch.device, batches: tuple[int, ...], student: Path | None = None
+    ):
         torch.manual_seed(0)
-        self.device = device
+        self.device, self.batches, batch = device, batches, max(batches)
         kwargs = presets.get(preset).teacher
         self.teacher = fastgen.load_teacher("toy") if preset == "toy" else Teacher(**kwargs)
         self.scale = min(1.0, self.teacher.config["channel_max"] / 512)
@@ -180,11 +182,13 @@ class Generators:
 
     @torch.no_grad()
     def exact(self, name: str) -> tuple[dict[int, Tensor], float]:
-        """By plain operations in float32, by number, the first image and the last of the largest batch; and
-        an image's 10^9 multiply-adds, all in sight there."""
-        calls = {at: self.call(Case(name, "plain", "float32", 1), at) for at in {0, len(self.z) - 1}}
-        with torch.backends.cudnn.flags(allow_tf32=False), FlopCounterMode(display=False) as counter:
-            images = {at: call() for at, call in calls.items()}
+        """By plain operations in float32, by number, the first image and the last of each batch; and an
+        image's 10^9 multiply-adds, all in sight there."""
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            ends = {0, *(batch - 1 for batch in self.batches)}
+            calls = {at: self.call(Case(name, "plain", "float32", 1), at) for at in ends}
+            with FlopCounterMode(display=False) as counter:
+                images = {at: call() for at, call in calls.items()}
         return images, counter.get_total_flops() / 2e9 / len(images)
 
 
@@ -249,7 +253,7 @@ def run(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     about = {"machine": info.summary(device)}
-    generators = Generators(preset, device, max(batches), student)
+    generators = Generators(preset, device, batches, student)
     limits, done, exact = peaks(device), _Done({}, {}, {}), {}
     own = "fastgen" if device.type == "cuda" else "returned"
 
