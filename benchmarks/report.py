@@ -79,10 +79,13 @@ def table(found: list[dict]) -> str:
         ]
         rates = [own.get("gbps", "-"), own.get("gflops", "-"), f"{own.get('floor_percent', '-')} %", *peaks]
         lines.append("| " + " | ".join([*case, *times, *rates]) + " |")
-    first = found[0]
-    where = f"{first['machine']}, {first['threads']} threads; torch {first['torch']}"
+    return "\n".join([*lines, "", f"{about(found)}; median."])
+
+
+def about(found: list[dict]) -> str:
+    """Where the rows are from."""
     commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
-    return "\n".join([*lines, "", f"{where}; commits {commits}; median."])
+    return "{machine}, {threads} threads; torch {torch}; ".format(**found[0]) + f"commits {commits}"
 
 
 def plot(found: list[dict], path: Path) -> None:
@@ -107,7 +110,7 @@ def plot(found: list[dict], path: Path) -> None:
         bars = axes.barh(at, speed_up, 0.8 / len(routes), label=route)
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=6)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="times as fast as plain PyTorch", title=found[0]["machine"])
+    axes.set(xscale="log", xlabel="times as fast as plain PyTorch", title=about(found))
     axes.set_yticks([i + 0.4 for i in range(len(cases))], cases, fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.08, y=0.01)
