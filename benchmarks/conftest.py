@@ -100,6 +100,11 @@ def derivative(run, inputs, *others):
     return result, lambda: torch.autograd.grad(result, inputs, dy, retain_graph=True)
 
 
+def require_finite(results):
+    for x in results if isinstance(results, tuple) else [results]:
+        assert x is None or x.isfinite().all(), "not finite, not timed"
+
+
 @pytest.fixture(scope="session")
 def peaks(memory) -> dict[str, float]:
     return timing.peaks(torch.device(DEVICE))
@@ -107,7 +112,8 @@ def peaks(memory) -> dict[str, float]:
 
 @pytest.fixture
 def measure(benchmark, memory, peaks):
-    """measure(timed, op=, shape=, dtype=, route=, bytes=, flop=): time a call, and say what it is."""
+    """measure(timed, op=, shape=, dtype=, route=, bytes=, flop=): time a call, and say what it is. What it
+    returns has to be finite."""
 
     def run(timed, rounds: int, *, op, shape, dtype, route, bytes, flop, layout="contiguous"):
         def call():
@@ -115,6 +121,7 @@ def measure(benchmark, memory, peaks):
                 timed()
             timing.synchronise()
 
+        require_finite(timed())
         call()
         benchmark.extra_info.update(
             op=op,

@@ -1,8 +1,8 @@
 """The ops at the shapes of EG3D's largest layers, beside plain PyTorch and its compilation.
 
-Every case first compares its result with the reference, a small one with that in float64; a wrong result is
-not timed. A row says
-how many bytes the op has to move at least (each input and output once) and how many FLOP it takes.
+Every case first compares a small result with the reference in float64, and its own with plain PyTorch's in
+the same dtype; a wrong result is not timed. A row says how many bytes the op has to move at least (each input
+and output once) and how many FLOP it takes.
 """
 
 from collections.abc import Callable
@@ -106,6 +106,14 @@ CASES = [
 GRADIENTS = ("upsample2d", "bias_act_lrelu_clamp", "filtered_lrelu", "modulated_conv2d_batch_4")
 
 
+def require_near(got: torch.Tensor, plain: torch.Tensor):
+    """Within what rounding does to a whole result; convolutions of a GPU may be in TF32."""
+    exactly = got.dtype == torch.float32
+    allowed = (5e-3 if got.is_cuda else 1e-4) if exactly else 2e-2
+    error = (got.float() - plain.float()).norm() / plain.float().norm()
+    assert error <= allowed, f"wrong by {error:.2g} at full size, not timed"
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,9 +138,8 @@ def test_op(measure, case, dtype, layout, route):
     assert (run(*small).double() - exact).abs().max() <= allowed, "wrong result, not timed"
 
     full = inputs(scaled(case.channels), case.outputs, scaled(case.size))
-    result, plain = run(*full), on_route("pytorch", case.run)(*full)
-    error = (result.float() - plain.float()).square().mean() / plain.float().square().mean()
-    assert error.sqrt() <= (1e-5 if dtype == "float32" else 2e-2), "wrong result, not timed"
+    result = run(*full)
+    require_near(result, on_route("pytorch", case.run)(*full))
     weights = full[3].nbytes if case.outputs else 0
     measure(
         lambda: run(*full),
@@ -179,7 +186,9 @@ def test_gradient(measure, name, route):
             assert error <= 1e-4, "wrong result, not timed"
     full = inputs(scaled(case.size))
     result, timed = gradients(route, *full)
-    assert all(g.isfinite().all() for g in timed() if g is not None), "wrong result, not timed"
+    for got, plain in zip(timed(), gradients("pytorch", *full)[1](), strict=True):
+        if plain is not None:
+            require_near(got, plain)
     measure(
         timed,
         5,

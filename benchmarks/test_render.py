@@ -65,7 +65,7 @@ def test_render(measure, direction, dtype, route):
 @pytest.mark.parametrize("batch, side, samples", [(1, 64, 24), (1, 128, 24), (1, 64, 96), (4, 64, 24)])
 @torch.no_grad()
 def test_cost(measure, batch, side, samples):
-    # Four times the rays, the samples or the batch: four times the time, in the table.
+    # Rays, samples and batch times four each: the table shows what that costs.
     tensors, rays = scene(torch.float32, batch), cameras(scaled(side), batch)
     plain = on_route("pytorch", render)(tensors, [x[:, ::97] for x in rays], samples)
     error = (render(tensors, rays, samples)[:, ::97] - plain).abs().max()
