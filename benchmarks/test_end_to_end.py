@@ -24,7 +24,7 @@ CASES = bench.cases((1,), torch.device(DEVICE))
 
 @pytest.fixture(scope="module")
 def generators():
-    return bench.Generators("ffhq512", torch.device(DEVICE), (1,))
+    return bench.Generators("ffhq512", torch.device(DEVICE), 1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.case}-{case.route}-{case.dtype}")
@@ -60,7 +60,7 @@ def on_route(route: str, function):
 @pytest.mark.parametrize("route", ROUTES)
 def test_training_step(measure, route):
     """Stage 1 of the shapenetcars128 preset, batch 2: targets, student, losses, gradients, Adam."""
-    generators = bench.Generators("shapenetcars128", torch.device(DEVICE), (2,))
+    generators = bench.Generators("shapenetcars128", torch.device(DEVICE), 2)
     teacher, c = generators.model("teacher", bench.MIXED), generators.c
     student = Student.from_teacher(teacher).to(DEVICE)
     optimiser = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=1e-4, fused=True)

@@ -102,11 +102,9 @@ class Generators:
     student: of the toy teacher or another, a file; it is measured as `student`.
     """
 
-    def __init__(
-        self, preset: str, device: torch.device, batches: tuple[int, ...], student: Path | None = None
-    ):
+    def __init__(self, preset: str, device: torch.device, batch: int, student: Path | None = None):
         torch.manual_seed(0)
-        self.device, self.batches, batch = device, batches, max(batches)
+        self.device = device
         kwargs = presets.get(preset).teacher
         self.teacher = fastgen.load_teacher("toy") if preset == "toy" else Teacher(**kwargs)
         self.scale = min(1.0, self.teacher.config["channel_max"] / 512)
@@ -181,11 +179,11 @@ class Generators:
         return size * numbers
 
     @torch.no_grad()
-    def exact(self, name: str) -> tuple[dict[int, Tensor], float]:
+    def exact(self, name: str, batches: tuple[int, ...] = (1,)) -> tuple[dict[int, Tensor], float]:
         """By plain operations in float32, by number, the first image and the last of each batch; and an
         image's 10^9 multiply-adds, all in sight there."""
         with torch.backends.cudnn.flags(allow_tf32=False):
-            ends = {0, *(batch - 1 for batch in self.batches)}
+            ends = sorted({0, *(batch - 1 for batch in batches)})
             calls = {at: self.call(Case(name, "plain", "float32", 1), at) for at in ends}
             with FlopCounterMode(display=False) as counter:
                 images = {at: call() for at, call in calls.items()}
@@ -253,12 +251,12 @@ def run(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     about = {"machine": info.summary(device)}
-    generators = Generators(preset, device, batches, student)
+    generators = Generators(preset, device, max(batches), student)
     limits, done, exact = peaks(device), _Done({}, {}, {}), {}
     own = "fastgen" if device.type == "cuda" else "returned"
 
     def first(name: str):
-        exact[name] = generators.exact(name)
+        exact[name] = generators.exact(name, batches)
 
     for name in dict.fromkeys(case.case for case in every):
         done.memory[Case(name, "plain", "float32", 1)] = peak_bytes(functools.partial(first, name), device)

@@ -105,9 +105,9 @@ def test_wrong_is_not_timed(monkeypatch):
 
 @pytest.mark.parametrize("batch, at, value", [(4, 2, torch.nan), (4, 3, 9.0), (2, 1, 9.0)])
 def test_all_images_are_looked_at(batch, at, value):
-    generators = bench.Generators("shapenetcars128", CPU, (2, 4))
+    generators = bench.Generators("shapenetcars128", CPU, 4)
     case = Case("student-tiny", "fastgen", "float32", batch)
-    images, exact = generators.call(case)().clone(), generators.exact(case.case)[0]
+    images, exact = generators.call(case)().clone(), generators.exact(case.case, (2, 4))[0]
     bench.require_right(case, images, exact)
     images[at, 0] = value
     with pytest.raises(FloatingPointError, match="not timed"):
@@ -116,7 +116,7 @@ def test_all_images_are_looked_at(batch, at, value):
 
 def test_plain_is_plain(small_config):
     """Counts of the plain route see the decoder's products; a cached teacher makes no planes."""
-    generators = bench.Generators("shapenetcars128", CPU, (2,))
+    generators = bench.Generators("shapenetcars128", CPU, 2)
     gmac = {name: generators.exact(name)[1] for name in ("teacher", "teacher-cached")}
     samples = 12 * small_config["neural_rendering_resolution"] ** 2
     hidden, features = small_config["decoder_hidden"], small_config["plane_channels"]
@@ -128,7 +128,7 @@ def test_plain_is_plain(small_config):
     with bench.on_plain_operations():
         assert not bench.SynthesisBlock.channels_last
     assert bench.SynthesisBlock.channels_last
-    assert bench.Generators("toy", CPU, (1,)).exact("teacher-cached")[1] == pytest.approx(0.64, abs=1e-3)
+    assert bench.Generators("toy", CPU, 1).exact("teacher-cached")[1] == pytest.approx(0.64, abs=1e-3)
 
 
 def test_compiled_in_stages(monkeypatch):
@@ -140,7 +140,7 @@ def test_compiled_in_stages(monkeypatch):
         return part
 
     monkeypatch.setattr(torch, "compile", compile)
-    generators = bench.Generators("shapenetcars128", CPU, (1,))
+    generators = bench.Generators("shapenetcars128", CPU, 1)
     for name in ("teacher", "student-compact"):
         case = Case(name, "compile", "float32", 1)
         with torch.no_grad():
