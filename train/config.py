@@ -97,9 +97,11 @@ class TrainConfig:
     """Double the data set of reals by the mirror images and their labels, as EG3D can in training. Not for
     one on disk that has them already, as EG3D's preparation of FFHQ makes it."""
     batch_size: int = 16
-    """Images per step, of all processes together."""
+    """Images per step, of all processes together. In a run with a discriminator each of several has a multiple
+    of 4."""
     accumulate: int = 1
-    """Parts that a process computes its share of a batch in, one after the other, for want of memory."""
+    """Parts that a process computes its share of a batch in, one after the other, for want of memory. In a run
+    with a discriminator each of several has a multiple of 4 images."""
     gpc_reg_prob: float = 0.5
     """Probability that the pose which conditions the mapping is another image's, as EG3D trains."""
     poses_per_latent: int = 1

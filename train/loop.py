@@ -121,6 +121,8 @@ def _distil(
         discriminator = (
             _make_discriminator(config, teacher, from_file).to(device) if config.has_discriminator else None
         )
+    if discriminator is not None:
+        _require_same_groups(config, world, discriminator)
     if config.growth and config.growth[-1][0] > student.neural_rendering_resolution:
         raise ValueError(
             f"growth: sides must be at most the feature map's, {student.neural_rendering_resolution}, got "
@@ -314,18 +316,33 @@ def _compiled(*networks: nn.Module) -> Iterator[None]:
 def _require_divisible(config: TrainConfig, world: World):
     """Every process, and every part that it accumulates, has as much of a batch as all others."""
     parts = world.size * config.accumulate
-    for batch in {config.batch_size, *(images for _, _, images in config.growth)}:
+    batches = [("batch_size", config.batch_size), *(("growth", images) for _, _, images in config.growth)]
+    for name, batch in batches:
         latents = batch // config.poses_per_latent
         if batch % parts or latents % world.size:
             raise ValueError(
-                f"batch_size: {batch} images ({latents} latents) must divide into {world.size} processes x "
-                f"{config.accumulate} parts (accumulate)"
+                f"{name}: {batch} images ({latents} latents) must divide into {world.size} processes x "
+                f"{config.accumulate} parts (accumulate): change --batch-size, the images of --growth, "
+                "--poses-per-latent or --accumulate"
             )
     if config.batch_size // config.views % parts:
         raise ValueError(
             f"lambda_consistency: {config.views} poses of a latent stay together, and so batch_size // "
             f"{config.views} must divide into {world.size} processes x {config.accumulate} parts "
             f"(accumulate), got {config.batch_size}"
+        )
+
+
+def _require_same_groups(config: TrainConfig, world: World, discriminator: DualDiscriminator):
+    """A part of a batch is compared within groups as large as the whole batch is; then they are the same."""
+    parts, layer = world.size * config.accumulate, discriminator.b4.mbstd
+    batch, share = config.batch_size, config.batch_size // parts
+    if layer.group(share) != layer.group(batch):
+        raise ValueError(
+            f"batch_size: the discriminator compares {layer.group(batch)} of {batch} images with each other, "
+            f"and only {layer.group(share)} of the {share} that each of {world.size} processes x "
+            f"{config.accumulate} parts (accumulate) has; give each a multiple of {layer.group_size}, by a "
+            "larger --batch-size, fewer processes or a smaller --accumulate"
         )
 
 

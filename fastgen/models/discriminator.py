@@ -89,9 +89,13 @@ class MinibatchStdLayer(nn.Module):
         super().__init__()
         self.group_size = group_size
 
+    def group(self, n: int) -> int:
+        """The size of the groups of a batch of n."""
+        return max(g for g in range(1, self.group_size + 1) if n % g == 0)
+
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, C + 1, H, W]
         n, _, h, w = x.shape
-        group = max(g for g in range(1, self.group_size + 1) if n % g == 0)
+        group = self.group(n)
         y = x.unflatten(0, (group, n // group))
         std = (y.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=[1, 2, 3])
         std = std.repeat(group).view(n, 1, 1, 1).expand(n, 1, h, w)

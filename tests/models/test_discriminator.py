@@ -40,6 +40,16 @@ def test_any_batch(small, n):
     assert logits.shape == (n, 1) and logits.isfinite().all()
 
 
+def test_shares_of_whole_groups_do_as_the_batch(small):
+    images, c = batch(16)
+    logits = small(images, c)
+    for parts, same in ((2, True), (4, True), (8, False)):
+        rows = [slice(part, None, parts) for part in range(parts)]
+        shares = [small({name: x[some] for name, x in images.items()}, c[some]) for some in rows]
+        alike = [torch.allclose(a, logits[b], rtol=1e-4, atol=1e-5) for a, b in zip(shares, rows, strict=True)]
+        assert all(alike) if same else not any(alike), parts
+
+
 def test_every_input_counts(small):
     images, c = batch(2)
     logits = small(images, c)
