@@ -63,8 +63,11 @@ def _preset(argv: list[str]) -> Train:
     parser.add_argument("--resume", action="store_true")
     with contextlib.suppress(argparse.ArgumentError):
         given, _ = parser.parse_known_args(argv)
-        if given.resume and argv[0] == "train" and (kept := Path(given.out) / "config.json").is_file():
-            return Train(**dataclasses.asdict(TrainConfig.load(kept)) | {"out": given.out})
+        if given.resume and argv[0] == "train":
+            from fastgen.train.run import read_config
+
+            if (kept := read_config(Path(given.out))) is not None:
+                return Train(**dataclasses.asdict(kept) | {"out": given.out})
         name = ("toy" if given.teacher == "toy" else "paper") if given.preset == "auto" else given.preset
         if name in PRESETS:
             return Train(**dataclasses.asdict(PRESETS[name]))

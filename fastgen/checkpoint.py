@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import ops
+from ._files import replacing
 from .camera import CameraDistribution
 from .eg3d_pickle import CheckpointError, from_pickle
 from .models.layers import FILTER, compute_in
@@ -33,15 +34,12 @@ TOY = Path(__file__).parent / "assets" / "toy_teacher.safetensors"
 
 def _write(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"fastgen": json.dumps(header)})
-    # save_file makes it its owner's alone; let it be as any new file.
-    umask = os.umask(0o022)
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())  # or after a crash of the machine the name may stand for nothing
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"fastgen": json.dumps(header)})
+        # save_file makes it its owner's alone; let it be as any new file.
+        umask = os.umask(0o022)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)
 
 
 def save(

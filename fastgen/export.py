@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from . import __version__, checkpoint
+from ._files import replacing
 from .models.layers import FullyConnectedLayer, MappingNetwork, SynthesisBlock, SynthesisLayer, ToRGBLayer
 from .models.student import RayMaps, Student
 from .pictures import prepare
@@ -61,9 +61,8 @@ def export(
         out.with_suffix(".mapping.onnx"): mapping_model(student, opset),
     }
     for path, model in models.items():
-        partial = path.with_name(path.name + ".partial")
-        onnx.save(model, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            onnx.save(model, partial)
     return list(models)
 
 

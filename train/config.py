@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from fastgen import presets
+from fastgen._files import write_text
 from fastgen.models.student import SIZES
 
 Curriculum = Literal["two-stage", "single-stage", "ramp", "reconstruction-only"]
@@ -97,11 +98,10 @@ class TrainConfig:
     """Double the data set of reals by the mirror images and their labels, as EG3D can in training. Not for
     one on disk that has them already, as EG3D's preparation of FFHQ makes it."""
     batch_size: int = 16
-    """Images per step, of all processes together. In a run with a discriminator each of several has a multiple
-    of 4."""
+    """Images per step, of all processes together. With a discriminator each of several has a multiple of 4."""
     accumulate: int = 1
-    """Parts that a process computes its share of a batch in, one after the other, for want of memory. In a run
-    with a discriminator each of several has a multiple of 4 images."""
+    """Parts that a process computes its share of a batch in, one after the other, for want of memory.
+    With a discriminator each of several has a multiple of 4 images."""
     gpc_reg_prob: float = 0.5
     """Probability that the pose which conditions the mapping is another image's, as EG3D trains."""
     poses_per_latent: int = 1
@@ -365,7 +365,7 @@ class TrainConfig:
 
     def save(self, path: str | Path):
         """Write the resolved configuration as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastgen import camera, pictures
+from fastgen._files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -212,7 +213,6 @@ def write_zip(path: str | Path, items: Iterable[tuple[np.ndarray, list[float]]])
     from PIL import Image
 
     path, labels = pictures.prepare(path, ".zip"), []
-    partial = path.with_name(path.name + ".partial")
 
     def entry(name: str) -> zipfile.ZipInfo:
         # Without the time of writing; and readable where it is unpacked.
@@ -220,16 +220,12 @@ def write_zip(path: str | Path, items: Iterable[tuple[np.ndarray, list[float]]])
         info.external_attr = 0o644 << 16
         return info
 
-    try:
-        # Not compressed, as PNG is.
-        with zipfile.ZipFile(partial, "w") as archive:
-            for i, (pixels, label) in enumerate(items):
-                name, png = f"{i // 1000:05d}/img{i:08d}.png", io.BytesIO()
-                Image.fromarray(pixels).save(png, "png")
-                archive.writestr(entry(name), png.getvalue())
-                labels.append([name, label])
-            archive.writestr(entry("dataset.json"), json.dumps({"labels": labels}))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Not compressed, as PNG is.
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        for i, (pixels, label) in enumerate(items):
+            name, png = f"{i // 1000:05d}/img{i:08d}.png", io.BytesIO()
+            Image.fromarray(pixels).save(png, "png")
+            archive.writestr(entry(name), png.getvalue())
+            labels.append([name, label])
+        archive.writestr(entry("dataset.json"), json.dumps({"labels": labels}))
     return path

@@ -3,8 +3,9 @@
 Each has the whole networks and computes its share of every batch, rows r, r + size, ...; gradients and logs
 are means over all. So a step is that of one process with the same batch, within rounding, and a run may go on
 with another number of them. Shares are strided because the discriminator's groups are (samples of one
-remainder), and stay together so; shares too small for its groups, of four as a rule, are refused. Gradients are averaged in one go after the backward pass, not by
-DistributedDataParallel: that waits for parameters which a phase of growth has no use for.
+remainder), and stay together so; shares too small for its groups, of four as a rule, are refused. Gradients
+are averaged in one go after the backward pass, not by DistributedDataParallel: that waits for parameters
+which a phase of growth has no use for.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import os
 import random
 import signal
 import threading
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastgen import pictures
+from fastgen._files import replacing, write_text
 from fastgen.camera import CameraDistribution
 
 from .config import TrainConfig
@@ -69,7 +70,7 @@ class Log:
         path = out / "stats.jsonl"
         lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        write_text(path, "".join(kept))
         self._file = path.open("a")
         self._board = None
         if config.tensorboard:
@@ -136,6 +137,27 @@ class Samples:
             pictures.save_orbit(path, models, {f"step {step}": self.target["ws"][:1]}, poses)
 
 
+def read_config(out: Path) -> TrainConfig | None:
+    """The configuration of the run in a folder; its checkpoint's where config.json is missing or damaged, and
+    None where there is neither.
+
+    Raises: ValueError, of config.json, where both are damaged.
+    """
+    damaged = None
+    try:
+        return TrainConfig.load(out / "config.json")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except ValueError as error:
+        damaged = error
+    # Whatever is wrong with the checkpoint, read_checkpoint says it.
+    with contextlib.suppress(Exception):
+        return TrainConfig(**torch.load(out / "resume.pt", map_location="cpu", weights_only=True)["config"])
+    if damaged is not None:
+        raise damaged
+    return None
+
+
 def read_checkpoint(path: Path, config: TrainConfig) -> dict | None:
     """The state to go on from, or None for a new run.
 
@@ -174,12 +196,8 @@ def read_checkpoint(path: Path, config: TrainConfig) -> dict | None:
 
 def write_checkpoint(path: Path, state: dict, config: TrainConfig):
     """Write the state and the random generators' whole or not at all: a crash must not cost the last one."""
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        torch.save({**state, "random": _random_state(), "config": dataclasses.asdict(config)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with replacing(path) as partial:
+        torch.save({**state, "random": _random_state(), "config": dataclasses.asdict(config)}, partial)
 
 
 def _random_state() -> dict:

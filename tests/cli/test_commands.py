@@ -238,7 +238,15 @@ def test_train_resumes(files, tmp_path, capsys):
     assert "resume: batch_size was 2" in capsys.readouterr().err
     assert main([*again, "--stage2-steps", "2"]) == 0
     assert "step 4 of 4" in capsys.readouterr().out
+    # The checkpoint has them, too.
+    config = (out / "config.json").read_text()
+    for broken in ('{"batch_size": ', None):
+        (out / "config.json").unlink() if broken is None else (out / "config.json").write_text(broken)
+        assert main(again) == 0
+        assert (out / "config.json").read_text() == config
     (out / "config.json").write_text('{"batch_size": ')
+    (out / "resume.pt").write_text("hello")
+    capsys.readouterr()
     assert main(again) == 2
     assert "config.json: not JSON" in capsys.readouterr().err
 

@@ -46,7 +46,9 @@ def test_shares_of_whole_groups_do_as_the_batch(small):
     for parts, same in ((2, True), (4, True), (8, False)):
         rows = [slice(part, None, parts) for part in range(parts)]
         shares = [small({name: x[some] for name, x in images.items()}, c[some]) for some in rows]
-        alike = [torch.allclose(a, logits[b], rtol=1e-4, atol=1e-5) for a, b in zip(shares, rows, strict=True)]
+        alike = [
+            torch.allclose(a, logits[b], rtol=1e-4, atol=1e-5) for a, b in zip(shares, rows, strict=True)
+        ]
         assert all(alike) if same else not any(alike), parts
 
 

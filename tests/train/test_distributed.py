@@ -132,7 +132,9 @@ def test_batches_that_do_not_divide(config, teacher):
         ValueError, match=r"batch_size: 8 images \(4 latents\) must divide into 1 processes x 3"
     ):
         distil(dataclasses.replace(config, accumulate=3), teacher, progress=False)
-    with pytest.raises(ValueError, match=r"growth: 6 images \(3 latents\) must .*change --batch-size, the imag"):
+    with pytest.raises(
+        ValueError, match=r"growth: 6 images \(3 latents\) must .*change --batch-size, the imag"
+    ):
         distil(dataclasses.replace(config, growth=((4, 3, 6),), accumulate=4), teacher, progress=False)
     assert not Path(config.out).exists()
 
@@ -140,7 +142,9 @@ def test_batches_that_do_not_divide(config, teacher):
 def test_shares_smaller_than_the_discriminators_groups(config, teacher):
     config = dataclasses.replace(config, accumulate=4, growth=(), stage1_steps=1, stage2_steps=0)
     adversarial = dataclasses.replace(config, curriculum="single-stage")
-    with pytest.raises(ValueError, match="compares 4 of 8 images .* and only 2 of the 2 .* a multiple of 4, by"):
+    with pytest.raises(
+        ValueError, match="compares 4 of 8 images .* and only 2 of the 2 .* a multiple of 4, by"
+    ):
         distil(adversarial, teacher, progress=False)
     assert not Path(config.out).exists()
     distil(config, teacher, progress=False)
