@@ -98,7 +98,7 @@ class TrainConfig:
     """Double the data set of reals by the mirror images and their labels, as EG3D can in training. Not for
     one on disk that has them already, as EG3D's preparation of FFHQ makes it."""
     batch_size: int = 16
-    """Images per step, of all processes together. With a discriminator each of several has a multiple of 4."""
+    """Images per step, of all processes together. With a discriminator each of several has 4 or 8, ..."""
     accumulate: int = 1
     """Parts that a process computes its share of a batch in, one after the other, for want of memory.
     With a discriminator each of several has a multiple of 4 images."""
@@ -208,8 +208,8 @@ class TrainConfig:
     """Fixes targets, batches and initial weights; below 2^63."""
     resume: bool = False
     """Continue the run in `out` from its checkpoint; losses go on as if it had never stopped. On the command
-    line the run's own options are the defaults. Only stage2_steps may be raised, and what decides how often
-    something is written, accumulate, workers, timeout and compile may change."""
+    line the run's own options are the defaults. Only stage2_steps may be raised, and learning rates, betas,
+    what decides how often something is written, accumulate, workers, timeout and compile may change."""
     log_every: int = 10
     """Steps between lines of stats.jsonl."""
     grid_every: int = 1000

@@ -40,7 +40,19 @@ from .losses import (
     reconstruction_terms,
 )
 from .metrics import psnr
-from .run import Log, Samples, StopSignals, read_checkpoint, set_random_state, write_checkpoint
+from .run import (
+    LastGood,
+    Log,
+    Samples,
+    StopSignals,
+    random_state,
+    read_checkpoint,
+    set_random_state,
+    write_checkpoint,
+)
+
+KEEP_EVERY = 10
+"""Steps between copies of the state, to go back to from losses that are not finite."""
 
 
 @dataclass
@@ -76,7 +88,7 @@ def distil(
     saves and stops. Writes to config.out; see the module's docstring.
     Raises: ValueError or FileNotFoundError on a configuration that cannot run, before anything is written;
       FloatingPointError naming the term and step on a loss or gradient that is not finite, after saving the
-      state before that step.
+      state at a step of the last KEEP_EVERY that had none.
     """
     with start(find_device(config.device), config.timeout) as (world, device):
         return _distil(config, teacher, progress, deadline, stage2_by, world, device)
@@ -139,7 +151,9 @@ def _distil(
         ],
         fused=True,
     )
-    discriminator_optimiser = _discriminator_optimiser(config, discriminator) if discriminator else None
+    discriminator_optimiser = discriminator and torch.optim.Adam(
+        discriminator.parameters(), **_discriminator_adam(config), fused=True
+    )
     parts = {
         "student": student,
         "average": average,
@@ -159,6 +173,9 @@ def _distil(
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
             raise ValueError(f"resume: {out / 'resume.pt'} is damaged, or another network's") from None
         del saved
+        # The optimiser's own are from before.
+        if discriminator:
+            discriminator_optimiser.param_groups[0].update(_discriminator_adam(config))
 
     targets = TargetStream(teacher, poses, config, device, world)
     reals = RealStream(config, student.neural_rendering_resolution, dataset, device, world)
@@ -177,6 +194,7 @@ def _distil(
         write_checkpoint(out / "resume.pt", {**state, "step": step, "images": images}, config)
         save_student(out / "student.safetensors", average, poses, teacher, config.teacher)
 
+    good = LastGood(parts if world.is_first else {})
     quiet = contextlib.nullcontext()
     compiled = _compiled(teacher, student) if config.compile else quiet
     bar = _progress(progress and world.is_first)
@@ -195,6 +213,9 @@ def _distil(
                 if world.is_first:
                     config.save(out / "config.json")
                 bar.update(task, total=config.steps)
+            # Of what a checkpoint was just made of, too: none is newer than the copy.
+            keep = step % KEEP_EVERY == 0 or step == saved_step
+            random = random_state() if keep else None
             adversarial = config.adversarial_weight(step)
             for group in student_optimiser.param_groups:
                 group["lr"] = config.learning_rate(step) * group["scale"]
@@ -260,12 +281,18 @@ def _distil(
             world.average(list(sums.values()))
             for name, network in zip(("gradient", "discriminator_gradient"), networks, strict=False):
                 sums[name] = _gradient_norm(network)
-            # No weight has changed yet, and what is not finite never reaches one.
+            # What is not finite never reaches a weight; but the update before may be what has led to it.
             try:
                 values = _finite(sums, step)
-            except FloatingPointError:
+            except FloatingPointError as error:
+                if good.step is None:
+                    raise FloatingPointError(f"{error}; nothing was saved, no step was good") from None
+                step, images = good.restore()
                 save()
-                raise
+                saved = f"--resume goes on from step {step}, which was good"
+                raise FloatingPointError(f"{error}; {saved}") from None
+            if keep:
+                good.keep(step, images, random)
             student_optimiser.step()
             if adversarial:
                 discriminator_optimiser.step()
@@ -384,14 +411,13 @@ def _make_discriminator(config: TrainConfig, teacher: nn.Module, from_file: bool
     )
 
 
-def _discriminator_optimiser(config: TrainConfig, discriminator: nn.Module) -> torch.optim.Adam:
+def _discriminator_adam(config: TrainConfig) -> dict:
+    """Learning rate and betas of the discriminator's optimiser."""
     # With R1 every r1_interval steps only, StyleGAN2 (Karras et al. 2020, appendix B) slows Adam by this
     # ratio.
     ratio = config.r1_interval / (config.r1_interval + 1)
     betas = tuple(beta**ratio for beta in config.betas_adversarial)
-    return torch.optim.Adam(
-        discriminator.parameters(), lr=config.lr_discriminator * ratio, betas=betas, fused=True
-    )
+    return {"lr": config.lr_discriminator * ratio, "betas": betas}
 
 
 @torch.no_grad()

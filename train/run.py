@@ -8,11 +8,12 @@ import json
 import random
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastgen import pictures
 from fastgen._files import replacing, write_text
@@ -22,8 +23,10 @@ from .config import TrainConfig
 from .data import Poses, generator_for, render_targets
 from .metrics import psnr
 
-# Fields that may differ between a run and its continuation: they change no number of it.
+# Fields that may differ between a run and its continuation: they change no number of it, or are what a run
+# that has diverged needs to go on.
 _FREE_ON_RESUME = (
+    *("lr", "lr_adversarial", "lr_discriminator", "betas", "betas_adversarial"),
     "out",
     "resume",
     "log_every",
@@ -197,10 +200,52 @@ def read_checkpoint(path: Path, config: TrainConfig) -> dict | None:
 def write_checkpoint(path: Path, state: dict, config: TrainConfig):
     """Write the state and the random generators' whole or not at all: a crash must not cost the last one."""
     with replacing(path) as partial:
-        torch.save({**state, "random": _random_state(), "config": dataclasses.asdict(config)}, partial)
+        torch.save({**state, "random": random_state(), "config": dataclasses.asdict(config)}, partial)
 
 
-def _random_state() -> dict:
+class LastGood:
+    """A copy of a run's state at a step that had finite losses, to go back to: a step's losses show what the
+    update before it has done."""
+
+    def __init__(self, parts: dict[str, nn.Module | torch.optim.Optimizer]):
+        self._parts = parts.values()
+        self._copies: dict[Tensor, Tensor] = {}
+        self.step: int | None = None
+        self._images, self._random = 0, {}
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for part in self._parts:
+            if isinstance(part, nn.Module):
+                yield from (*part.parameters(), *part.buffers())
+            else:
+                yield from (x for state in part.state.values() for x in state.values())
+
+    @torch.no_grad()
+    def keep(self, step: int, images: int, random: dict):
+        """Copy the state, which is that of `step` done; random is that of its generators."""
+        self.step, self._images, self._random = step, images, random
+        tensors = list(self._tensors())
+        if len(tensors) != len(self._copies):  # optimisers make theirs when they first step
+            self._copies = {x: x.clone() for x in tensors}
+        elif tensors:
+            torch._foreach_copy_(list(self._copies.values()), tensors)
+
+    @torch.no_grad()
+    def restore(self) -> tuple[int, int]:
+        """Put everything back. Returns: steps and images done."""
+        for part in self._parts:
+            if isinstance(part, torch.optim.Optimizer):
+                new = [p for p, state in part.state.items() if state["exp_avg"] not in self._copies]
+                for p in new:
+                    del part.state[p]
+        for x, copy in self._copies.items():
+            x.copy_(copy)
+        set_random_state(self._random)
+        return self.step, self._images
+
+
+def random_state() -> dict:
+    """The state of every global generator."""
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -211,7 +256,7 @@ def _random_state() -> dict:
 
 
 def set_random_state(state: dict):
-    """Put every global generator where write_checkpoint found it."""
+    """Put every global generator where random_state found it."""
     torch.set_rng_state(state["torch"])
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))

@@ -333,16 +333,55 @@ def test_loss_that_is_not_finite_is_named(teacher, config, monkeypatch):
         return original(logits) * (float("inf") if len(calls) == 2 else 1)
 
     monkeypatch.setattr(loop, "generator_loss", poisoned)
+    monkeypatch.setattr(loop, "KEEP_EVERY", 3)
     with pytest.raises(FloatingPointError, match="step 4: the loss term adv is inf"):
         distil(config, teacher, progress=False)
-    # What was saved is the state before that step: going on from it is what the run would have done.
+    # What was saved is the state at a good step: going on from it is what the run would have done.
     monkeypatch.setattr(loop, "generator_loss", original)
-    assert torch.load(Path(config.out) / "resume.pt", weights_only=True)["step"] == 4
+    assert torch.load(Path(config.out) / "resume.pt", weights_only=True)["step"] == 3
     again = distil(dataclasses.replace(config, resume=True), teacher, progress=False)
     whole = distil(dataclasses.replace(config, out=config.out + "2"), teacher, progress=False)
     assert again.step == whole.step == config.steps
     for a, b in zip(again.student.state_dict().values(), whole.student.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+# The first update of all, and the first of stage 2, the student's and the discriminator's; with a checkpoint
+# of what has diverged already, with an older one, and without any.
+@pytest.mark.parametrize(
+    "rate, saves, good, bad",
+    [
+        ("lr", 1, 0, 1),
+        ("lr_adversarial", 1, 3, 4),
+        ("lr_discriminator", 2, 2, 4),
+        ("lr_adversarial", 0, 0, 4),
+    ],
+)
+def test_diverged_run_goes_on_at_a_lower_rate(teacher, config, rate, saves, good, bad):
+    config = dataclasses.replace(config, checkpoint_every=saves)
+    with pytest.raises(
+        FloatingPointError, match=f"step {bad}: .*--resume goes on from step {good}, which was"
+    ):
+        distil(dataclasses.replace(config, **{rate: 1e25}), teacher, progress=False)
+    out = Path(config.out)
+    assert torch.load(out / "resume.pt", weights_only=True)["step"] == good
+    student = fastgen.load_student(out / "student.safetensors")
+    assert all(x.abs().max() < 1e6 for x in student.state_dict().values())
+    # As if it had never been tried.
+    again = distil(dataclasses.replace(config, resume=True), teacher, progress=False)
+    whole = distil(dataclasses.replace(config, out=config.out + "2"), teacher, progress=False)
+    assert stats(again.out) == stats(whole.out)
+    for a, b in zip(again.student.state_dict().values(), whole.student.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_run_that_is_never_finite_saves_nothing(teacher, config, monkeypatch):
+    monkeypatch.setattr(
+        loop, "reconstruction_terms", lambda fake, *_: {"lr_pixel": fake["image_raw"].sum() * torch.nan}
+    )
+    with pytest.raises(FloatingPointError, match="step 0: .* nothing was saved, no"):
+        distil(config, teacher, progress=False)
+    assert not (Path(config.out) / "resume.pt").exists()
 
 
 @pytest.mark.parametrize("poisoned", ["generator_loss", "discriminator_loss"])
