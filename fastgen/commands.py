@@ -358,7 +358,9 @@ class Train(TrainConfig):
         if self.teacher != "toy" and not Path(self.teacher).is_file():
             raise FileNotFoundError(f"{self.teacher}: no such checkpoint file")
         if self.dry_run:
-            return print(dry_run(TrainConfig(**_values(self, TrainConfig))))
+            if text := dry_run(TrainConfig(**_values(self, TrainConfig))):
+                print(text)
+            return
         run = distil(TrainConfig(**_values(self, TrainConfig)))
         if run.is_first:
             print(f"{run.out / 'student.safetensors'}: step {run.step} of {self.steps}")

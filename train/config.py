@@ -196,7 +196,8 @@ class TrainConfig:
     """'auto' (GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of teacher, student, discriminator and perceptual network (autocast); weights, losses, R1 and the
-    optimisers are float32."""
+    optimisers are float32. On a GPU a checkpoint's own networks keep the float16 layers that they name, its
+    discriminator in R1 too."""
     compile: bool = False
     """torch.compile for teacher and student: minutes at each change of shape, for a long run on a GPU."""
     timeout: float = 600.0

@@ -70,8 +70,14 @@ class Run:
     """Steps done."""
     interrupted: bool
     """Stopped by Ctrl-C, SIGTERM or the deadline, after saving."""
-    is_first: bool = True
-    """Of several processes the one that writes."""
+    world: World = World()
+    """This process among several."""
+    discriminator: nn.Module | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Of several processes the one that writes."""
+        return self.world.is_first
 
 
 def distil(
@@ -323,7 +329,7 @@ def _distil(
             bar.update(task, completed=step)
         if saved_step != step or not (out / "student.safetensors").exists():
             save()
-    return Run(average, config, teacher, poses, out, step, step < config.steps, world.is_first)
+    return Run(average, config, teacher, poses, out, step, step < config.steps, world, discriminator)
 
 
 @contextlib.contextmanager
@@ -403,9 +409,11 @@ def _make_discriminator(config: TrainConfig, teacher: nn.Module, from_file: bool
     found = fastgen.load_discriminator(config.teacher) if from_file else None
     if found is not None:
         return found.train()
+    # In `precision`, on a GPU too.
     return DualDiscriminator(
         teacher.c_dim,
         teacher.img_resolution,
+        num_fp16_res=0,
         channel_base=config.discriminator_channels,
         channel_max=config.discriminator_channel_max,
     )

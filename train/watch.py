@@ -28,7 +28,8 @@ def dry_run(config: TrainConfig, teacher: nn.Module | None = None) -> str:
     """The resolved configuration, what the networks hold, and what a step of each stage takes here.
 
     Does three steps of each stage with whole feature maps and the final image's terms, in a folder of its
-    own; the last one is timed. `teacher` as for `distil`.
+    own; the first and the last are timed. `teacher` as for `distil`. Of several processes the first has
+    something to say, and the others ''.
     """
     stages = {
         "stage 1": config.stage1_steps > sum(p[1] for p in config.growth),
@@ -48,29 +49,40 @@ def dry_run(config: TrainConfig, teacher: nn.Module | None = None) -> str:
             **UNWATCHED,
         )
         run = distil(short, teacher, progress=False)
+        if not run.is_first:
+            return ""
         lines = [json.loads(line) for line in (Path(folder) / "stats.jsonl").read_text().splitlines()]
-    parts = {"student": run.student, "teacher": run.teacher}
+    parts = {"student": run.student, "teacher": run.teacher, "discriminator": run.discriminator}
+    counts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None
+    }
     text = [json.dumps(dataclasses.asdict(config), indent=2), ""]
-    text += [
-        f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters" for name, part in parts.items()
-    ]
+    text += [f"{name}: {count:,} parameters" for name, count in counts.items()]
     # The average is frozen, all of it.
     named = run.student.named_parameters()
     trained = sum(p.numel() for name, p in named if not name.startswith("teacher_mapping"))
+    judging = counts.get("discriminator", 0)
+    # Of each a weight, its gradient and Adam's two numbers, all but the gradient twice for the copy of a good
+    # state; the student's average twice, too.
+    memory = 4 * (9 * trained + 7 * judging)
     text.append(
-        f"trained: {trained:,} of the student's; with gradients, Adam and average {20 * trained >> 20} MiB"
+        f"trained: {trained:,} of the student's, {judging:,} of the discriminator's; with gradients, Adam, "
+        f"average and the copy of a good state {memory >> 20} MiB"
     )
     done = 0
     for name, count in steps.items():
         if count:
-            seconds = lines[done + count - 1]["seconds_per_step"]
+            first, *_, seconds = (line["seconds_per_step"] for line in lines[done : done + count])
             every = config.batch_size / seconds
-            text.append(f"{name}: {seconds:.2f} s a step of {config.batch_size} images, {every:.1f} images/s")
+            text.append(
+                f"{name}: {first:.2f} s the first step, then {seconds:.2f} s a step of {config.batch_size} "
+                f"images, {every:.1f} images/s"
+            )
         done += count
     device = next(run.student.parameters()).device
     # A stock of targets makes some of a step's; without one, a step waits for all.
     fresh = dataclasses.replace(short, replay=0, replay_reuse=1.0, lambda_consistency=0.0)
-    stream = TargetStream(run.teacher, run.poses, fresh, device)
+    stream = TargetStream(run.teacher, run.poses, fresh, device, run.world)
     seconds = milliseconds(lambda: stream.batch(0), repeats=1, warmup=1) / 1e3 / config.replay_reuse
     text.append(f"of each step, the teacher's targets: {seconds:.2f} s")
     text.append(f"most memory in these steps: {_peak() >> 20} MiB")
@@ -90,11 +102,12 @@ def summary(out: Path) -> Group:
     Raises: FileNotFoundError where there is no run.
     """
     config, lines = _read(out)
-    if not lines:
+    logged = [line for line in lines if "loss" in line]  # the others are of grids
+    if not logged:
         return Group(Text(f"{out}: no step logged yet, of {config.steps}"))
     last = lines[-1]
     step = last["step"]
-    recent = [line for line in lines if "loss" in line][-50:]
+    recent, first = logged[-50:], logged[:50]
     seconds = median(line["seconds_per_step"] for line in recent)
     left = (config.steps - step) * seconds
     stage = "reconstruction + adversarial" if recent[-1]["adversarial_weight"] else "reconstruction"
@@ -104,7 +117,6 @@ def summary(out: Path) -> Group:
         f"{phase.batch_size / seconds:.1f} images/s, {_duration(left)} left"
     )
     table = Table("", "now", "mean of the last 50", "mean of the first 50", box=None)
-    first = [line for line in lines if "loss" in line][:50]
     # "seconds_per_step" and such are in the line above.
     for name in recent[-1]:
         if name in ("step", "images", "adversarial_weight", "learning_rate", "seconds_per_step"):

@@ -431,6 +431,8 @@ def test_train_dry_run_and_watch(files, tmp_path, capsys):
     for words in (
         "student: ",
         "teacher: ",
+        "discriminator: ",
+        " s the first step, ",
         "stage 1: ",
         "stage 2: ",
         " s a step of 2 images",
@@ -449,3 +451,7 @@ def test_train_dry_run_and_watch(files, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "step 5 of 5 (100 %), reconstruction + adversarial; " in " ".join(said.split())
     assert "raw psnr db" in said and "discriminator" in said and "checkpoint: 0 min" in said
+    # Grids only, so far.
+    (out / "stats.jsonl").write_text('{"step": 1, "heldout_psnr_db": 9.0}\n')
+    assert main(["train", "--watch", str(out)]) == 0
+    assert "no step logged yet, of 5" in " ".join(capsys.readouterr().out.split())

@@ -441,6 +441,7 @@ def test_discriminator_starts_from_the_checkpoint(original, config):
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     fresh = loop._make_discriminator(config, teacher, from_file=False)
     assert fresh.config["channel_base"] == config.discriminator_channels
+    assert not any(getattr(module, "use_fp16", False) for module in fresh.modules())
 
 
 def test_configuration_that_cannot_run(teacher, config, tmp_path):
