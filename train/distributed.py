@@ -113,8 +113,18 @@ def start(device: torch.device, timeout: float) -> Iterator[tuple[World, torch.d
 
 
 def _from_environment() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine."""
+    """Rank, number of processes, and rank on this machine.
+
+    Raises: ValueError where SLURM has started several and nothing says where they meet.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "SLURM_NTASKS" in os.environ:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    if "WORLD_SIZE" not in os.environ:
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # of this srun; a shell's NTASKS are to come
+        if "MASTER_ADDR" in os.environ and "SLURM_NTASKS" in os.environ:
+            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        elif tasks > 1:
+            raise ValueError(
+                f"SLURM has started {tasks} tasks, but MASTER_ADDR is not set: for one run of all set it to "
+                "the first one's host, and MASTER_PORT; for a run each, WORLD_SIZE=1"
+            )
     return tuple(int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True))

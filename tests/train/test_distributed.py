@@ -29,7 +29,7 @@ RUN = (
 )
 
 
-def start(config, size, folder) -> list[subprocess.Popen]:
+def start(config, size, folder, script=RUN, stdout=None) -> list[subprocess.Popen]:
     """Processes of a run, as torchrun starts them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -40,8 +40,9 @@ def start(config, size, folder) -> list[subprocess.Popen]:
     same = {**os.environ, **world, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", RUN, str(path)],
+            [sys.executable, "-c", script, str(path)],
             env=same | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -127,6 +128,20 @@ def test_a_process_that_is_killed_ends_the_run(config, tmp_path):
             process.kill()
 
 
+def test_the_first_of_two_says_what_a_dry_run_found(config, tmp_path):
+    config = dataclasses.replace(config, growth=(), stage1_steps=1, stage2_steps=1)
+    script = (
+        "import sys\n"
+        "from fastgen.train.config import TrainConfig\n"
+        "from fastgen.train.watch import dry_run\n"
+        "print(dry_run(TrainConfig.load(sys.argv[1])))\n"
+    )
+    processes = start(config, 2, tmp_path, script, stdout=subprocess.PIPE)
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "most memory" in said[0][0] and said[1][0].strip() == ""
+
+
 def test_batches_that_do_not_divide(config, teacher):
     with pytest.raises(
         ValueError, match=r"batch_size: 8 images \(4 latents\) must divide into 1 processes x 3"
@@ -161,11 +176,26 @@ def test_shares_smaller_than_the_discriminators_groups(config, teacher):
     ],
 )
 def test_environment(environment, found, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_PROCID", "SLURM_NTASKS"):
+    assert from_environment(environment, monkeypatch) == found
+
+
+def from_environment(environment, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert _from_environment() == found
+    return _from_environment()
+
+
+def test_slurms_tasks_that_cannot_meet(monkeypatch):
+    tasks = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+    with pytest.raises(ValueError, match="SLURM has started 4 tasks, but MASTER_ADDR is not set"):
+        from_environment(tasks, monkeypatch)
+    assert from_environment({**tasks, "MASTER_ADDR": "a"}, monkeypatch) == (3, 4, 1)
+    assert from_environment({**tasks, "WORLD_SIZE": "1"}, monkeypatch) == (0, 1, 0)
+    assert from_environment({**tasks, "SLURM_STEP_NUM_TASKS": "1"}, monkeypatch) == (0, 1, 0)
 
 
 def test_shares_are_the_whole():
