@@ -262,8 +262,8 @@ class Evaluate:
     teacher: str
     """What it was distilled from: 'toy' (shipped), or a teacher's .safetensors or .pkl."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DATASET")] = None
-    """A .zip or a folder in EG3D's layout: the images that FID and KID compare with, and the poses; without,
-    the teacher's own images at other latents, and its own poses."""
+    """A .zip or a folder in EG3D's layout: the poses, and with --features the images that FID and KID compare
+    with; without, the teacher's own poses, and its images at other latents."""
     images: int = 128
     """Images to measure on, two of each latent, rounded up to eights."""
     features: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -279,7 +279,8 @@ class Evaluate:
     camera: str = "auto"
     """Where to look from: 'auto' (what the data set or the teacher's file says), or the name of a preset."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
-    """Write all numbers, the options, the machine and the versions to this file."""
+    """Where to write all numbers, the options, the machine and the versions; without, beside the student:
+    student.evaluation.json."""
     device: str = "auto"
     """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."""
 

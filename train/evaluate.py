@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from json import dumps
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 import fastgen
 from fastgen import info, pictures
+from fastgen._files import write_text
 from fastgen._text import table
 
 from . import pose as pose_net
@@ -34,16 +36,15 @@ def run(
     json: str | Path | None = None,
     device: str = "auto",
 ) -> dict:
-    """Measure a student of `teacher`, and print a table; the options are those of `fastgen evaluate`.
+    """Measure a student of `teacher`, print a table and write a JSON file; the options are those of `fastgen
+    evaluate`.
 
-    Returns: what the JSON file holds.
+    Returns: what the file holds.
     Raises: ValueError or OSError on options that can't be met, before anything is rendered.
     """
     options = {key: str(value) if isinstance(value, Path) else value for key, value in locals().items()}
     device = info.find_device(device)
     config = TrainConfig(camera=camera)
-    if data and not features:
-        raise ValueError("data: FID and KID, which compare with it, need --features")
     models = {"student": fastgen.load_student(student), "teacher": fastgen.load_teacher(teacher)}
     resolution = models["teacher"].img_resolution
     reference = ImageDataset(data, option="data") if data else None
@@ -65,18 +66,21 @@ def run(
         pose = "toy" if str(teacher) == "toy" else "none"
     if str(pose) != "none":
         networks["pose"] = pose_net.load(pose_net.TOY if str(pose) == "toy" else pose)
-    if json:
-        pictures.prepare(json, ".json")
+    json = pictures.prepare(json or Path(student).with_suffix(".evaluation.json"), ".json")
+    if data and not features:
+        print(
+            "data: gives the poses alone; FID and KID, which compare with it, need --features",
+            file=sys.stderr,
+        )
 
     models, networks = (
         {key: net and net.to(device) for key, net in nets.items()} for nets in (models, networks)
     )
     found = evaluate(poses=poses, images=images, reference=reference, **models, **networks)
     found |= {"options": options, "machine": info.machine(), "versions": info.versions()}
-    if json:
-        Path(json).write_text(dumps(found, indent=2) + "\n")
+    write_text(json, dumps(found, indent=2) + "\n")
     print(table([f"{found['images']} images", "teacher", "student"], rows(found)))
-    print("\n" + "\n".join(_notes(found)))
+    print("\n" + "\n".join([*_notes(found), f"All numbers: {json}"]))
     return found
 
 
@@ -123,7 +127,7 @@ def _notes(m: dict) -> list[str]:
             f"{whose}, by {m['features_size']} features{biased}."
         )
     else:
-        notes.append("FID and KID: not measured; they need a network, --features.")
+        notes.append("FID and KID: not measured; they need a network, --features FILE.")
     if m["pose_degrees_teacher"] is None:
         notes.append("Pose: not measured; it needs a network, --pose.")
     return notes

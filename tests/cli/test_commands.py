@@ -272,8 +272,12 @@ def test_evaluate(files, tmp_path, capsys):
     assert "4 images, one of each latent, against 3 of the data set, by 12 features; so few" in said
     assert found["options"]["data"] == str(data) and found["machine"] and found["versions"]["fastgen"]
 
-    assert main(["evaluate", *pair, "--images", "1"]) == 0
-    said = capsys.readouterr().out
+    # Without --features the data set has the poses; without --json the numbers are beside the student.
+    assert main(["evaluate", *pair, "--images", "1", "--data", str(data)]) == 0
+    said, warned = capsys.readouterr()
+    assert warned == "data: gives the poses alone; FID and KID, which compare with it, need --features\n"
+    beside = files["student.safetensors"].with_suffix(".evaluation.json")
+    assert f"All numbers: {beside}" in said and json.loads(beside.read_text())["fid_student"] is None
     assert "FID and KID: not measured" in said and "Pose: not measured" in said and "FID by" not in said
     write_zip(data, [(np.zeros((16, 16, 3), dtype=np.uint8), c[0])])
     assert main(["evaluate", *pair, *arguments]) == 2

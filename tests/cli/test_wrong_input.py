@@ -116,7 +116,6 @@ WRONG = {
     "text as features": ("evaluate {pair} --features {text}", "features: .*a.txt is none of TorchScript, "),
     "VGG16 as features": ("evaluate {pair} --features {vgg}", "features: .*vgg.pth is none of TorchScript"),
     "text as identity": ("evaluate {pair} --identity {text}", "identity: .*a.txt is none of TorchScript, "),
-    "data without features": ("evaluate {pair} --data {zip}", "data: FID and KID, .*, need --features"),
     "damaged data": ("evaluate {pair} --features {network} --data {zip}", "data: .*damaged.zip is damaged"),
     "missing pose network": ("evaluate {pair} --pose {tmp}/no.safetensors", "pose: no such file"),
     "text as pose network": ("evaluate {pair} --pose {text}", "pose: .*a.txt is not a file of python -m"),
