@@ -123,8 +123,11 @@ def plot(rows: list[dict], machine: str, path: Path):
         ax.set(xscale="log", yscale="log", xlabel=quantity, ylabel=costs[cost])
         ax.set_xticks(SWEEPS[quantity], map(str, SWEEPS[quantity]))
         ax.set_xticks([], minor=True)
-        if ax.lines:
-            ax.legend(fontsize=7)
+        # One scale for all quantities.
+        every = [row[cost] for row in rows if row[cost]]
+        if every:
+            ax.set_ylim(min(every) / 1.5, max(every) * 4)
+            ax.legend(fontsize=7, loc="upper left")
     signed(figure, machine).savefig(path, dpi=120)
 
 

@@ -86,8 +86,12 @@ def bars(found: list[dict], path: Path):
     if not found:
         return
     groups = list(dict.fromkeys((row["preset"], row["batch"]) for row in found))
-    figure, axes = figure_of(1, len(groups), (6.5, 0.6 + 0.19 * len(found) / len(groups) * 1.3))
-    for ax, (preset, batch) in zip(axes, groups, strict=True):
+    most = max([(row["preset"], row["batch"]) for row in found].count(group) for group in groups)
+    wide = min(3, len(groups))
+    figure, axes = figure_of(-(-len(groups) // wide), wide, (6.5, 0.6 + 0.19 * most))
+    for ax in axes[len(groups) :]:
+        ax.axis("off")
+    for ax, (preset, batch) in zip(axes, groups, strict=False):
         rows = [row for row in found if (row["preset"], row["batch"]) == (preset, batch)]
         rows.sort(key=lambda row: row["speedup_vs_plain"])
         names = [f"{row['case']}, {row['route']}, {row['dtype']}" for row in rows]
@@ -98,6 +102,7 @@ def bars(found: list[dict], path: Path):
         ax.set_title(f"{preset}, batch {batch}", fontsize=9)
         ax.tick_params(labelsize=7)
         ax.margins(x=0.12, y=0.01)
+        ax.xaxis.set_minor_formatter("")
     signed(figure, machines(found)).savefig(path, dpi=120)
 
 
@@ -128,6 +133,8 @@ def quality(found: list[dict], experiments: Path, path: Path):
             label = name.removeprefix("student-")
             ax.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize=8)
         ax.set(xlabel=costs[cost], ylabel=goods[good], xscale="log")
+        ax.set_xticks([x for x, *_ in points], [f"{x:.2g}" for x, *_ in points])
+        ax.set_xticks([], minor=True)
         ax.margins(0.15)
     signed(figure, machines(rows)).savefig(path, dpi=120)
 
