@@ -40,14 +40,13 @@ def test_equal_times_are_the_same(noise, most):
 
 @pytest.mark.parametrize(
     "ratio, noise, expected",
-    [(1.1, 0.01, "slower"), (1 / 1.1, 0.01, "faster"), (1.01, 1e-3, "same"), (1.0, 0.1, "unclear")],
+    [(1.1, 0.03, "slower"), (1 / 1.1, 0.03, "faster"), (1.02, 1e-3, "same"), (1.02, 0.1, "unclear")],
 )
 def test_changes_count_from_the_minimum_on(ratio, noise, expected):
     generator = np.random.default_rng(0)
-    found = [verdicts(drawn(generator, ratio, noise=noise, drift=noise))[0] for _ in range(100)]
-    assert found.count(expected) >= 95
-    if expected == "same":
-        assert verdicts(drawn(generator, ratio, noise=noise, drift=noise), minimum=0.005) == ["slower"]
+    found = [verdicts(drawn(generator, ratio, noise=noise))[0] for _ in range(100)]
+    assert found.count(expected) >= 99
+    assert verdicts(drawn(generator, ratio, noise=1e-3), minimum=0.01) not in (["same"], ["unclear"])
 
 
 def test_spread_is_at_least_that_of_the_calls():
